@@ -1,0 +1,35 @@
+# Two commands: `make quickstart` runs the main job, `make test` passes the tests. Each makes the environment it needs.
+# VENV=/path/to/env uses an existing environment instead of .venv.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.lit_transfer-installed
+
+.PHONY: quickstart test test-full lint benchmark clean
+
+quickstart: $(STAMP)
+	$(BIN)/lit-transfer prepare --config configs/data/elpv.yaml
+	$(BIN)/lit-transfer train --config configs/quickstart.yaml
+
+# One thread a process: the two workers and the ranks that tests start share the cores.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+
+test-full: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --full
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmark: $(STAMP)
+	$(BIN)/python benchmarks/trainer.py
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv data runs .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,223 @@
+"""Named streams of samples as data loaders: which rows a stream has, and batches in the order of the plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lit_transfer.config import Data, Stream, UserError, nearest, require
+from lit_transfer.data import plan
+from lit_transfer.data.decode import DecodeError, Preprocessing, decode
+from lit_transfer.data.manifest import Manifest
+from lit_transfer.data.store import ShardReader
+
+DRAWS = 16
+"""Random numbers per sample and epoch that a training batch carries for augmentation."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A stream opened: the labelled rows of a split.
+
+    Args:
+        manifest: the dataset.
+        rows: manifest rows of the stream, [N], ascending.
+        targets: of every manifest row: int64 [M] with -1 for missing, or float32 [M, K] with NaN for missing.
+        weights: of every manifest row, float32 [M].
+        unlabelled: samples of the split that were left out because no label is known.
+    """
+
+    manifest: Manifest
+    rows: plan.Rows
+    targets: NDArray[Any]
+    weights: NDArray[np.float32]
+    unlabelled: int
+
+
+def open_stream(stream: Stream, label: str | None, seed: int) -> Samples:
+    """Open one stream of a config.
+
+    Raises:
+        UserError: the manifest, the split or the label column is missing, or no sample has a label.
+    """
+    manifest = Manifest.open(stream.manifest)
+    names = [known.name for known in manifest.labels]
+    require(
+        label is None or label in names,
+        f"data.label '{label}' is not a label column of {stream.manifest}; it has {', '.join(names)}."
+        + nearest(label or "", names),
+    )
+    require(bool(names), f"{stream.manifest} has no labels; training and evaluation need a labelled dataset.")
+    rows = manifest.rows(stream.split)
+    targets = manifest.targets(label)
+    known = targets[rows] >= 0 if targets.ndim == 1 else ~np.isnan(targets[rows]).all(axis=1)
+    labelled = rows[known]
+    require(len(labelled) > 0, f"no sample of split '{stream.split}' of {stream.manifest} has a label.")
+    keep = plan.shuffled(labelled, manifest.digest, seed, "fraction")[: math.ceil(stream.fraction * len(labelled))]
+    weights = manifest.table["weight"].to_numpy()
+    return Samples(manifest, np.sort(keep), targets, weights, len(rows) - len(labelled))
+
+
+def open_streams(data: Data, seed: int) -> dict[str, Samples]:
+    """Open `train`, and `val` and `test` where the config has them; all must have the task and classes of train."""
+    named = {"train": data.train, "val": data.val, "test": data.test}
+    streams = {name: open_stream(stream, data.label, seed) for name, stream in named.items() if stream is not None}
+    for name, samples in streams.items():
+        check_same_labels(f"data.{name}", samples.manifest, "data.train", streams["train"].manifest, data.label)
+    return streams
+
+
+def check_same_labels(name: str, manifest: Manifest, other: str, expected: Manifest, label: str | None) -> None:
+    """Refuse a dataset whose task, label columns or classes are not those of another."""
+    require(
+        manifest.task == expected.task,
+        f"{name} is a {manifest.task} dataset but {other} is {expected.task}; use datasets of one task.",
+    )
+    ours, theirs = manifest.classes(label), expected.classes(label)
+    if ours != theirs:
+        missing = [c for c in theirs if c not in ours]
+        extra = [c for c in ours if c not in theirs]
+        raise UserError(
+            f"{name} and {other} do not have the same columns or classes in the same order: missing {missing}, "
+            f"extra {extra}; prepare both with the same classes."
+        )
+
+
+class SampleDataset(Dataset[dict[str, Tensor]]):
+    """Decodes one `plan.Batch` at a time.
+
+    An item has `image` uint8 [B, 3, canvas, canvas], `target`, `weight` [B], `row` [B], `valid` [B] (False where
+    padded), and for training `uniform` [B, DRAWS] for augmentation.
+    """
+
+    def __init__(self, samples: Samples, preprocessing: Preprocessing, augment_seed: int | None) -> None:
+        self.samples = samples
+        self.preprocessing = preprocessing
+        self.augment_seed = augment_seed
+        self.reader = ShardReader(samples.manifest)
+
+    def __getitem__(self, batch: plan.Batch) -> dict[str, Tensor]:
+        valid = batch.rows != plan.PADDING
+        rows = np.where(valid, batch.rows, self.samples.rows[0])
+        side = self.preprocessing.canvas
+        images = np.zeros((len(rows), 3, side, side), np.uint8)
+        for place in np.flatnonzero(valid):
+            images[place] = self._decode(int(rows[place]))
+        item = {
+            "image": torch.from_numpy(images),
+            "target": torch.from_numpy(self.samples.targets[rows]),
+            "weight": torch.from_numpy(self.samples.weights[rows]),
+            "row": torch.from_numpy(batch.rows),
+            "valid": torch.from_numpy(valid),
+        }
+        if self.augment_seed is not None:
+            item["uniform"] = torch.from_numpy(plan.uniforms(self.augment_seed, batch.epoch, rows, DRAWS))
+        return item
+
+    def _decode(self, row: int) -> NDArray[np.uint8]:
+        try:
+            return decode(self.reader.read(row), self.preprocessing)
+        except DecodeError as error:
+            key = self.samples.manifest.table["key"][row].as_py()
+            raise UserError(f"sample {key} of {self.samples.manifest.path} cannot be decoded: {error}") from error
+
+
+class PlanSampler(Sampler[plan.Batch]):
+    """One rank's batches of an epoch. Lightning calls `set_epoch` before each."""
+
+    def __init__(
+        self, samples: Samples, *, global_batch: int, rank: int, ranks: int, seed: int | None = None, first_epoch: int = 0
+    ) -> None:
+        self.samples = samples
+        self.global_batch = global_batch
+        self.rank, self.ranks = rank, ranks
+        self.seed = seed
+        self.first_epoch = first_epoch
+        self.epoch = first_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, counted from the start of the phase."""
+        self.epoch = self.first_epoch + epoch
+
+    def __len__(self) -> int:
+        return plan.steps_per_epoch(len(self.samples.rows), self.global_batch)
+
+    def __iter__(self) -> Iterator[plan.Batch]:
+        order = self.samples.rows
+        if self.seed is not None:
+            order = plan.shuffled(order, self.samples.manifest.digest, self.seed, self.epoch)
+        for step in range(len(self)):
+            yield plan.Batch(self.epoch, plan.rank_slice(order, step, self.global_batch, self.rank, self.ranks))
+
+
+def loader(dataset: SampleDataset, sampler: PlanSampler, workers: int) -> DataLoader[dict[str, Tensor]]:
+    """A loader of whole batches, in the sampler's order; `workers` processes, 0 decodes here."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+class ImageData(pl.LightningDataModule):
+    """The streams of a run as one phase reads them. `first_epoch` counts the epochs of earlier phases."""
+
+    def __init__(
+        self,
+        streams: dict[str, Samples],
+        preprocessing: Preprocessing,
+        *,
+        seed: int,
+        global_batch: int,
+        first_epoch: int,
+        workers: int,
+    ) -> None:
+        super().__init__()
+        self.streams = streams
+        self.preprocessing = preprocessing
+        self.seed = seed
+        self.global_batch = global_batch
+        self.first_epoch = first_epoch
+        self.workers = workers
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Shuffled batches of `train`; every rank must call it."""
+        dataset = SampleDataset(self.streams["train"], self.preprocessing, self.seed)
+        return loader(dataset, self._sampler("train", seed=self.seed, first_epoch=self.first_epoch), self.workers)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
+        """Batches of `val` in the order of the manifest, or none; every rank must call it."""
+        return self.eval_dataloader("val") if "val" in self.streams else []
+
+    def eval_dataloader(self, stream: str) -> DataLoader[dict[str, Tensor]]:
+        """Every sample of a stream once, in the order of the manifest; every rank must call it."""
+        dataset = SampleDataset(self.streams[stream], self.preprocessing, None)
+        return loader(dataset, self._sampler(stream), self.workers)
+
+    def _sampler(self, stream: str, seed: int | None = None, first_epoch: int = 0) -> PlanSampler:
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return PlanSampler(
+            self.streams[stream],
+            global_batch=self.global_batch,
+            rank=rank,
+            ranks=ranks,
+            seed=seed,
+            first_epoch=first_epoch,
+        )

@@ -1,0 +1,70 @@
+"""Which sample, when, on which rank: pure functions of (dataset digest, seed, epoch).
+
+Nothing here knows of workers, and ranks only take slices, so placement never changes what is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+PADDING = -1
+"""Row number of a padded place in a batch: it has no sample, and counts in no loss and no metric."""
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's slice of one step: manifest rows [B], `PADDING` where the slice is filled up."""
+
+    epoch: int
+    rows: Rows
+
+
+def shuffled(rows: Rows, digest: str, seed: int, epoch: int | str) -> Rows:
+    """The rows in the order of an epoch: a pure function of the dataset's digest, the seed and the epoch."""
+    key = hashlib.sha256(f"{digest}|{seed}|{epoch}".encode()).digest()
+    # Raw Philox words are the same in every NumPy; Generator.permutation promises that for no two versions.
+    words = np.random.Philox(key=np.frombuffer(key[:16], np.uint64)).random_raw(len(rows))
+    return rows[np.argsort(words, kind="stable")]
+
+
+def steps_per_epoch(samples: int, global_batch: int) -> int:
+    """Optimizer steps of one epoch; the last batch may be smaller."""
+    return math.ceil(samples / global_batch)
+
+
+def rank_slice(order: Rows, step: int, global_batch: int, rank: int, ranks: int) -> Rows:
+    """The rows [ceil(batch / ranks)] of a rank at a step; every rank has as many, the last ones padded."""
+    rows = order[step * global_batch : (step + 1) * global_batch]
+    share = math.ceil(len(rows) / ranks)
+    mine = rows[rank * share : (rank + 1) * share]
+    return np.concatenate([mine, np.full(share - len(mine), PADDING, np.int64)])
+
+
+def uniforms(seed: int, epoch: int, rows: Rows, draws: int) -> NDArray[np.float32]:
+    """Random numbers in [0, 1) for each row, [B, draws]: a function of (seed, epoch, row) alone.
+
+    A counter hashed by the finaliser of SplitMix64 (Steele et al. 2014): NumPy's own counter-based generators
+    would need one object a sample.
+    """
+    with np.errstate(over="ignore"):
+        stream = _mix(_mix(np.uint64(seed) + _GOLDEN) + np.uint64(epoch) * _GOLDEN)
+        sample = _mix(stream + rows.astype(np.uint64) * _GOLDEN)
+        words = _mix(sample[:, None] + (np.arange(draws, dtype=np.uint64) + np.uint64(1)) * _GOLDEN)
+    return ((words >> np.uint64(40)).astype(np.float64) / 2**24).astype(np.float32)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
+    x = np.asarray(x, np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,117 @@
+"""From uint8 canvas to network input: per-sample random changes of a whole batch at once, and normalisation.
+
+Random parameters are read from numbers that travel with the batch (`data/plan.py: uniforms`), so a sample's
+augmentation depends on (seed, epoch, sample) and never on the rank or the worker.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_transfer.config import Augment, Image
+from lit_transfer.data.decode import Preprocessing
+
+
+def settle_image(image: Image, own: Image) -> tuple[Image, Preprocessing]:
+    """The settings of a config with the backbone's own in the place of every null, and what they amount to."""
+    settled = replace(own, **{key: value for key, value in asdict(image).items() if value is not None})
+    assert settled.size and settled.crop and settled.interpolation and settled.mean and settled.std, "a backbone has all"
+    preprocessing = Preprocessing(
+        size=settled.size,
+        canvas=round(settled.size / settled.crop),
+        fit=settled.fit,
+        interpolation=settled.interpolation,
+        mean=(settled.mean[0], settled.mean[1], settled.mean[2]),
+        std=(settled.std[0], settled.std[1], settled.std[2]),
+    )
+    return settled, preprocessing
+
+
+def normalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Values in [0, 1], [B, 3, H, W], less the mean and over the standard deviation of each channel."""
+    mean = torch.tensor(preprocessing.mean, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(preprocessing.std, device=images.device).view(1, 3, 1, 1)
+    return (images - mean) / std
+
+
+def centre(canvas: Tensor, size: int) -> Tensor:
+    """The middle of uint8 canvases [B, 3, C, C] as floats in [0, 1], [B, 3, size, size]."""
+    start = (canvas.shape[-1] - size) // 2
+    return canvas[..., start : start + size, start : start + size].float() / 255
+
+
+def eval_input(canvas: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Network input without any randomness: uint8 [B, 3, C, C] -> float32 [B, 3, S, S]."""
+    return normalise(centre(canvas, preprocessing.size), preprocessing)
+
+
+def train_input(canvas: Tensor, uniform: Tensor, augment: Augment, preprocessing: Preprocessing) -> Tensor:
+    """Network input with augmentation: uint8 [B, 3, C, C] and random numbers [B, DRAWS] -> float32 [B, 3, S, S]."""
+    size = preprocessing.size
+    if moves(augment):
+        grid = F.affine_grid(
+            affine(uniform, augment, size / canvas.shape[-1]), [len(canvas), 3, size, size], align_corners=False
+        )
+        # Pixels from outside repeat the border: an edge of black would be a feature of its own.
+        images = F.grid_sample(canvas.float() / 255, grid, padding_mode="border", align_corners=False)
+    else:
+        images = centre(canvas, size)
+    return normalise(colours(images, uniform, augment), preprocessing)
+
+
+def moves(augment: Augment) -> bool:
+    """Whether any change of position is asked for."""
+    return bool(
+        augment.flip_h
+        or augment.flip_v
+        or augment.quarter_turns
+        or augment.rotate_degrees
+        or augment.shift
+        or augment.zoom
+        or augment.crop_area < 1
+    )
+
+
+def affine(uniform: Tensor, augment: Augment, share: float) -> Tensor:
+    """Maps of output to canvas positions, both in [-1, 1], [B, 2, 3]; without augmentation the centre `share`."""
+    u = uniform.T
+    flip_x = 1 - 2 * (u[0] < augment.flip_h).float()
+    flip_y = 1 - 2 * (u[1] < augment.flip_v).float()
+    turn = torch.floor(4 * u[2]) * (math.pi / 2) if augment.quarter_turns else torch.zeros_like(u[2])
+    angle = turn + (2 * u[3] - 1) * math.radians(augment.rotate_degrees)
+    if augment.crop_area < 1:
+        side = torch.sqrt(augment.crop_area + (1 - augment.crop_area) * u[4])
+        corner_x, corner_y = (1 - side) * (2 * u[5] - 1), (1 - side) * (2 * u[6] - 1)
+    else:
+        side, corner_x, corner_y = torch.full_like(u[4], share), torch.zeros_like(u[5]), torch.zeros_like(u[6])
+    # Keras' convention: a zoom factor over 1 shows more of the picture, so it scales the sampled window.
+    scale_x = side * flip_x * (1 + augment.zoom * (2 * u[7] - 1))
+    scale_y = side * flip_y * (1 + augment.zoom * (2 * u[8] - 1))
+    move_x = corner_x + 2 * share * augment.shift * (2 * u[9] - 1)
+    move_y = corner_y + 2 * share * augment.shift * (2 * u[10] - 1)
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    rows = [cos * scale_x, -sin * scale_y, move_x, sin * scale_x, cos * scale_y, move_y]
+    return torch.stack(rows, dim=1).view(-1, 2, 3)
+
+
+def colours(images: Tensor, uniform: Tensor, augment: Augment) -> Tensor:
+    """Brightness, contrast and saturation factors of each sample, [B, 3, H, W] in [0, 1] -> the same."""
+    if not (augment.brightness or augment.contrast or augment.saturation):
+        return images
+    factor = 2 * uniform[:, 11:14, None, None, None] - 1
+    images = images * (1 + augment.brightness * factor[:, 0])
+    grey = _grey(images).mean(dim=(2, 3), keepdim=True)
+    images = grey + (images - grey) * (1 + augment.contrast * factor[:, 1])
+    grey = _grey(images)
+    images = grey + (images - grey) * (1 + augment.saturation * factor[:, 2])
+    return images.clamp(0, 1)
+
+
+def _grey(images: Tensor) -> Tensor:
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)  # ITU-R BT.601
+    return (images * weights).sum(dim=1, keepdim=True)

@@ -1,0 +1,191 @@
+"""The one LightningModule: forward and steps. It is handed its optimizer and knows no policy."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lit_transfer.config import Augment, Objective, UserError
+from lit_transfer.data.decode import Preprocessing
+from lit_transfer.data.plan import PADDING
+from lit_transfer.model.augment import eval_input, train_input
+from lit_transfer.model.network import Network, batch_norms
+from lit_transfer.objectives.decisions import probabilities
+from lit_transfer.objectives.losses import loss_rows
+from lit_transfer.objectives.metrics import metrics
+
+Batch = dict[str, Tensor]
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and all ranks agreed at the same step."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the network said of every sample of a stream, in the order of the manifest, on every rank.
+
+    Args:
+        rows: manifest rows [N].
+        probabilities: [N, K] (see `objectives/decisions.py`).
+        targets: [N] or [N, K], as the manifest gives them.
+        loss: weighted mean over labelled entries.
+    """
+
+    rows: NDArray[np.int64]
+    probabilities: Tensor
+    targets: Tensor
+    loss: float
+
+
+class TransferModule(pl.LightningModule):
+    """Trains a network on batches of `data/module.py: SampleDataset`.
+
+    Args:
+        network: backbone and head, its cut already set.
+        task: of the dataset; chooses loss and metrics.
+        preprocessing: canvas to network input.
+        augment: random changes of training pictures.
+        objective: settings of the loss.
+        class_weights: per class, or None (see `objectives/losses.py`).
+        optimizer: over the trained parameters of the network; None to evaluate only.
+        seed: of dropout.
+        first_step: optimizer steps of earlier phases.
+        stop_requested: whether a signal has reached this process.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        task: str,
+        preprocessing: Preprocessing,
+        augment: Augment | None = None,
+        objective: Objective | None = None,
+        class_weights: Tensor | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        seed: int = 0,
+        first_step: int = 0,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.task = task
+        self.preprocessing = preprocessing
+        self.augment = augment or Augment()
+        self.objective = objective or Objective()
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.optimizer = optimizer
+        self.seed = seed
+        self.first_step = first_step
+        self.stop_requested = stop_requested
+        self.train_loss = float("nan")
+        self.predictions: Predictions | None = None
+        self._eval_rows: list[dict[str, Tensor]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, S, S] -> logits [B, outputs]."""
+        return self.network(images)  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer it was handed."""
+        assert self.optimizer is not None, "this module was made to evaluate only"
+        return self.optimizer
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed dropout from (seed, run step, rank), so a resumed run draws what an uninterrupted one would."""
+        step = self.first_step + self.global_step
+        key = hashlib.sha256(f"{self.seed}|{step}|{self.global_rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(key[:8], "little"))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss whose gradient, averaged by DDP, is that of the global mean over labelled entries."""
+        with torch.autocast(self.device.type, enabled=False):
+            images = train_input(batch["image"], batch["uniform"], self.augment, self.preprocessing)
+        values, counts = self._loss(self(images), batch)
+        total, count = values.sum(), counts.sum()
+        shared = self._all_reduce(torch.stack([total.detach(), count, count.new_tensor(float(self.stop_requested()))]))
+        self.train_loss = float(shared[0] / shared[1].clamp(min=1))
+        if shared[2] > 0:
+            raise Stopped
+        if not np.isfinite(self.train_loss):
+            raise UserError(
+                f"train/loss is {self.train_loss} at step {self.first_step + self.global_step}; lower the phase's "
+                "learning rates, or use trainer.precision 32."
+            )
+        return total * self.trainer.world_size / shared[1].clamp(min=1).to(total)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Keep this rank's rows; padded ones are told apart by their row number."""
+        with torch.autocast(self.device.type, enabled=False):
+            images = eval_input(batch["image"], self.preprocessing)
+        logits = self(images).float()
+        values, counts = self._loss(logits, batch)
+        kept = {"row": batch["row"], "logits": logits, "target": batch["target"], "value": values, "count": counts}
+        self._eval_rows.append({name: tensor.detach().cpu() for name, tensor in kept.items()})
+
+    def on_validation_start(self) -> None:
+        """Make the running statistics of `norm: batch` the same on every rank; every rank must call it."""
+        if self.network.norm == "batch":
+            self._share_running_statistics()
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the rows of the last validation."""
+        self._eval_rows = []
+
+    def on_validation_epoch_end(self) -> None:
+        """Gather all ranks' rows, set `predictions` and log `val/...` for callbacks; every rank must call it."""
+        rows = {name: self._gather(torch.cat([r[name] for r in self._eval_rows])) for name in self._eval_rows[0]}
+        order = torch.argsort(rows["row"])
+        order = order[rows["row"][order] != PADDING]
+        rows = {name: tensor[order] for name, tensor in rows.items()}
+        self._eval_rows = []
+        self.predictions = Predictions(
+            rows=rows["row"].numpy(),
+            probabilities=probabilities(self.task, rows["logits"]),
+            targets=rows["target"],
+            loss=float(rows["value"].sum() / rows["count"].sum().clamp(min=1)),
+        )
+        values = metrics(self.task, self.predictions.probabilities, self.predictions.targets, None)
+        named = {"val/loss": self.predictions.loss} | {f"val/{name}": value for name, value in values.items()}
+        self.log_dict(named, logger=False, rank_zero_only=False, batch_size=1)
+
+    def _loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Weighted loss and count of labelled entries of each row, both [B]; zero where padded."""
+        values, counts = loss_rows(self.task, logits, batch["target"], self.objective, self.class_weights)
+        valid = batch["valid"]
+        zero = torch.zeros_like(values)
+        return torch.where(valid, values * batch["weight"], zero), torch.where(valid, counts, zero).float()
+
+    def _share_running_statistics(self) -> None:
+        if self.trainer.world_size == 1:
+            return
+        for norm in batch_norms(self.network):
+            if norm.running_mean is not None and norm.running_var is not None:
+                # The variance of the ranks' union: mean of E[x^2], less the square of the common mean.
+                square = norm.running_var + norm.running_mean**2
+                mean = self._all_reduce(norm.running_mean.clone()) / self.trainer.world_size
+                norm.running_var.copy_(self._all_reduce(square) / self.trainer.world_size - mean**2)
+                norm.running_mean.copy_(mean)
+
+    def _all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place where there are several."""
+        if self.trainer.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """Concatenate equal shapes of all ranks along rows, on the CPU."""
+        if self.trainer.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor, device=self.device) for _ in range(self.trainer.world_size)]
+        dist.all_gather(parts, tensor.to(self.device).contiguous())
+        return torch.cat(parts).cpu()

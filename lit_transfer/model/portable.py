@@ -1,0 +1,248 @@
+"""What a run leaves for others: a folder with weights, preprocessing, names, threshold and provenance.
+
+`weights.safetensors` holds the tensors of a `Network`, `model.json` all else that `load` needs, `README.md`
+is for people. Nothing is ever unpickled, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import safetensors
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lit_transfer.config import Model, UserError, parse, require, to_plain
+from lit_transfer.data.decode import Preprocessing, open_rgb, to_canvas, to_rgb
+from lit_transfer.files import write_json, write_text
+from lit_transfer.model.augment import eval_input
+from lit_transfer.model.backbone import build_backbone
+from lit_transfer.model.card import model_card
+from lit_transfer.model.heads import build_head
+from lit_transfer.model.network import Network
+from lit_transfer.objectives.decisions import decide, probabilities
+from lit_transfer.objectives.losses import outputs
+
+FORMAT = 1
+DESCRIPTION, WEIGHTS, CARD = "model.json", "weights.safetensors", "README.md"
+ARCHITECTURE = "config.json"
+"""A copy of the file that describes a network from a hub or a folder, under the name timm looks for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """All that a network's weights do not say.
+
+    Args:
+        task: of the dataset.
+        label: the label column, where it was chosen among several.
+        classes: class names by index; for multilabel and regression the label columns.
+        display: how people read them.
+        threshold: of the decision (see `objectives/decisions.py`), or None.
+        preprocessing: from picture to network input.
+        model: backbone and head.
+        provenance: where it came from: run, commit, versions, dataset, weights, config and figures.
+    """
+
+    task: str
+    label: str | None
+    classes: tuple[str, ...]
+    display: tuple[str, ...]
+    threshold: list[float] | None
+    preprocessing: Preprocessing
+    model: Model
+    provenance: dict[str, Any]
+
+    def to_plain(self) -> dict[str, Any]:
+        """The content of `model.json`."""
+        return {
+            "format": FORMAT,
+            "task": self.task,
+            "label": self.label,
+            "classes": list(self.classes),
+            "display": list(self.display),
+            "threshold": self.threshold,
+            "outputs": outputs(self.task, len(self.classes)),
+            "preprocessing": self.preprocessing.to_plain(),
+            "model": to_plain(self.model),
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Description:
+        """The inverse of `to_plain`."""
+        return cls(
+            task=plain["task"],
+            label=plain["label"],
+            classes=tuple(plain["classes"]),
+            display=tuple(plain["display"]),
+            threshold=plain["threshold"],
+            preprocessing=Preprocessing.from_plain(plain["preprocessing"]),
+            model=parse(Model, plain["model"]),
+            provenance=plain["provenance"],
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one picture.
+
+    Args:
+        decision: the class, or all labels at or above their thresholds; empty for regression.
+        scores: display names with probabilities, likeliest first; of a regression its targets and values.
+    """
+
+    decision: tuple[str, ...]
+    scores: tuple[tuple[str, float], ...]
+
+
+class TransferModel(nn.Module):
+    """A trained network with its preprocessing and names, in eval mode and without gradients.
+
+    Args:
+        network: backbone and head.
+        info: all else.
+    """
+
+    def __init__(self, network: Network, info: Description) -> None:
+        super().__init__()
+        self.network = network
+        self.info = info
+        self.task, self.classes, self.display = info.task, info.classes, info.display
+        self.threshold, self.preprocessing = info.threshold, info.preprocessing
+        self.requires_grad_(False)
+        self.eval()
+
+    def preprocess(self, image: bytes | str | Path | Image.Image) -> Tensor:
+        """A picture (bytes or path of a file, or a PIL image) as network input [3, S, S], as in validation.
+
+        Raises:
+            DecodeError: it cannot be decoded.
+            OSError: the file cannot be read.
+        """
+        if isinstance(image, Image.Image):
+            picture = to_rgb(image)
+        else:
+            picture = open_rgb(image if isinstance(image, bytes) else Path(image).read_bytes())
+        canvas = torch.from_numpy(to_canvas(picture, self.preprocessing))
+        return eval_input(canvas[None], self.preprocessing)[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Network input [B, 3, S, S] -> probabilities [B, K]; for regression values."""
+        return probabilities(self.task, self.network(images))
+
+    def predict(self, images: Sequence[bytes | str | Path | Image.Image]) -> list[Prediction]:
+        """Name pictures, all in one batch, on the device the model is on. Raises as `preprocess` does."""
+        device = next(self.parameters()).device
+        batch = torch.stack([self.preprocess(image) for image in images]).to(device)
+        return [self.describe(row) for row in self(batch).cpu()]
+
+    def describe(self, row: Tensor) -> Prediction:
+        """The decision and the ranked names of one row of probabilities [K]."""
+        scores = list(zip(self.display, row.tolist(), strict=True))
+        if self.task == "regression":
+            return Prediction((), tuple(scores))
+        decided = decide(self.task, row[None].cpu(), self.threshold)[0]
+        chosen = decided.nonzero().flatten().tolist() if self.task == "multilabel" else [int(decided)]
+        ranked = sorted(scores, key=lambda pair: -pair[1])
+        return Prediction(tuple(self.display[k] for k in chosen), tuple(ranked))
+
+
+def save_portable(folder: Path, network: Network, info: Description) -> None:
+    """Write a model folder, whole or not at all; one that is there is replaced."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    old = folder.with_name(f"{temporary.name}.old")
+    temporary.mkdir()
+    try:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+        save_file(tensors, temporary / WEIGHTS)
+        _sync(temporary / WEIGHTS)
+        plain = info.to_plain()
+        write_json(temporary / DESCRIPTION, plain)
+        write_text(temporary / CARD, model_card(plain, folder))
+        _copy_architecture(info.model.backbone, temporary)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load(path: str | Path) -> TransferModel:
+    """The model of a finished run, from its run directory or the `model` folder in it, on the CPU.
+
+    Raises:
+        UserError: no model there, one of another format, or files that do not belong together.
+    """
+    folder = Path(path)
+    if not (folder / DESCRIPTION).is_file():
+        folder = folder / "model"
+    info = _read_description(folder, path)
+    model = replace(info.model, weights="none")
+    if (folder / ARCHITECTURE).is_file():
+        model = replace(model, backbone=f"local-dir:{folder}")
+    backbone = build_backbone(model, image_size=info.preprocessing.size, load_weights=False)
+    head = build_head(model.head, backbone.features, outputs(info.task, len(info.classes)), seed=0)
+    network = Network(backbone, head)
+    try:
+        network.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{folder / WEIGHTS} does not fit {folder / DESCRIPTION} ({reason}); copy the model folder "
+            "again, or use the versions that its provenance names."
+        ) from error
+    return TransferModel(network, info)
+
+
+def _read_description(folder: Path, path: str | Path) -> Description:
+    file = folder / DESCRIPTION
+    require(
+        file.is_file(),
+        f"'{path}' holds no model ({file} does not exist); give the directory of a finished run, "
+        "or the model folder in it.",
+    )
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        version = plain["format"]
+        require(
+            version == FORMAT,
+            f"{file} has format {version}, this version reads {FORMAT}; "
+            "use the version of lit_transfer that wrote it.",
+        )
+        return Description.from_plain(plain)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{file} is not the description of a model ({error!r}); copy the model folder again."
+        ) from error
+
+
+def _copy_architecture(backbone: str, folder: Path) -> None:
+    """Bring along what describes a network from a hub or a folder, which the reader may not have."""
+    kind, _, place = backbone.partition(":")
+    if kind == "local-dir":
+        shutil.copyfile(Path(place) / ARCHITECTURE, folder / ARCHITECTURE)
+    elif kind == "hf-hub":
+        repository, _, revision = place.partition("@")
+        cached = huggingface_hub.try_to_load_from_cache(repository, ARCHITECTURE, revision=revision or None)
+        assert isinstance(cached, str), "the network was built from this file"
+        shutil.copyfile(cached, folder / ARCHITECTURE)
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as written:
+        os.fsync(written.fileno())

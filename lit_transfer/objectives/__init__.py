@@ -1,0 +1,1 @@
+"""What is minimised, decided and measured, by task: pure functions of tensors."""

@@ -1,0 +1,22 @@
+"""What a person reads after a run: tables, plots, and the worst mistakes on one sheet."""
+
+from lit_transfer.report.plots import (
+    contact_sheet,
+    plot_confusion,
+    plot_curves,
+    plot_predictions,
+    plot_roc,
+    save_figure,
+)
+from lit_transfer.report.tables import summary_table, table
+
+__all__ = [
+    "contact_sheet",
+    "plot_confusion",
+    "plot_curves",
+    "plot_predictions",
+    "plot_roc",
+    "save_figure",
+    "summary_table",
+    "table",
+]

@@ -1,0 +1,271 @@
+"""The run directory, the one metrics writer of a run, and Weights & Biases."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import secrets
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import WandbLogger
+
+from lit_transfer.config import Config, UserError, to_plain, to_yaml
+from lit_transfer.files import replacing, write_json, write_text
+from lit_transfer.model.module import TransferModule
+
+ENVIRONMENT = "LIT_TRANSFER_RUN"
+"""Hands the run's record from the process that opened it to the ranks that it starts."""
+
+
+def commit() -> str | None:
+    """The commit of the checkout this package runs from, with `+changes` if it is not clean; None elsewhere."""
+    folder = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(folder)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
+        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    if tracked.returncode:  # installed inside somebody else's repository
+        return None
+    return head + ("+changes" if status.stdout.strip() else "")
+
+
+class Run:
+    """A run directory: `config.yaml`, `run.json`, `metrics.csv`, `checkpoints/`, later `summary.json` and `model/`.
+
+    Args:
+        folder: the run directory.
+        record: what `run.json` holds: `id`, `created`, `commit`, `fingerprint` and the versions in use.
+        resumed: whether the directory was there before.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any], resumed: bool) -> None:
+        self.folder = folder
+        self.record = record
+        self.resumed = resumed
+
+    @property
+    def id(self) -> str:
+        """Never changes over the life of the run; also its Weights & Biases id."""
+        return str(self.record["id"])
+
+    def checkpoints(self, phase: str) -> Path:
+        """The folder of a phase's checkpoints."""
+        return self.folder / "checkpoints" / phase
+
+    def summary(self) -> dict[str, Any] | None:
+        """`summary.json` of a finished run, or None."""
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+
+def open_run(config: Config, fingerprint: dict[str, Any], compare: Callable[[Any, Any], list[str]]) -> Run:
+    """Make the run directory, or open it again to go on.
+
+    The process that starts the ranks decides once, and hands the decision to them through the environment.
+
+    Raises:
+        UserError: the directory is that of another run; the differences are listed.
+    """
+    folder = config.run_dir.absolute()
+    handed = json.loads(os.environ.get(ENVIRONMENT, "null"))
+    if handed and handed["folder"] == str(folder):
+        return Run(folder, handed["record"], handed["resumed"])
+    path = folder / "run.json"
+    resumed = path.is_file()
+    if resumed:
+        record = json.loads(path.read_text())
+        changed = compare(record["fingerprint"], json.loads(json.dumps(fingerprint)))
+        if changed:
+            raise UserError(
+                f"{config.run_dir} holds a run with other settings ({'; '.join(changed[:8])}); choose another name, "
+                "or remove the directory."
+            )
+    else:
+        record = {
+            "id": f"{config.name}-{secrets.token_hex(4)}",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "versions": {"torch": torch.__version__, "pytorch_lightning": pl.__version__},
+            "fingerprint": fingerprint,
+        }
+        write_text(folder / "config.yaml", to_yaml(config))
+        write_json(path, record)
+    os.environ[ENVIRONMENT] = json.dumps({"folder": str(folder), "record": record, "resumed": resumed})
+    return Run(folder, record, resumed)
+
+
+class MetricsFile:
+    """`metrics.csv`: a row per (phase, epoch, step), written by rank 0 only.
+
+    Values logged at one step share a row; a metric seen for the first time adds a column.
+    """
+
+    KEYS = ("phase", "epoch", "step")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, str]] = []
+        if path.is_file():
+            with path.open(newline="") as file:
+                self.rows = list(csv.DictReader(file))
+        self._columns = list(self.rows[0]) if self.rows else []
+
+    def drop_after(self, phase: str, step: int, finished: list[str]) -> None:
+        """Forget rows that a resumed run will write again: of `phase` after `step`, and of later phases."""
+        kept = [
+            row
+            for row in self.rows
+            if row["phase"] in finished or (row["phase"] == phase and int(row["step"]) <= step)
+        ]
+        if len(kept) < len(self.rows):
+            self.rows = kept
+            self._rewrite()
+
+    def add(self, phase: str, epoch: int, step: int, values: dict[str, float]) -> None:
+        """Append values at a step of the run."""
+        keys = {"phase": phase, "epoch": str(epoch), "step": str(step)}
+        row = keys | {name: f"{value:.6g}" for name, value in values.items()}
+        if self.rows and all(self.rows[-1][key] == keys[key] for key in self.KEYS):
+            self.rows[-1] |= row
+            self._rewrite()
+            return
+        self.rows.append(row)
+        if set(row) <= set(self._columns):
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(row)
+        else:
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        self._columns = list(dict.fromkeys([*self.KEYS, *self._columns, *(name for row in self.rows for name in row)]))
+        with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def wandb_logger(config: Config, run: Run) -> WandbLogger | None:
+    """Lightning's logger with the run's own id, or None where tracking is off. Offline without a key."""
+    mode = config.tracking.wandb
+    if mode == "off":
+        return None
+    offline = mode == "offline" or (mode == "auto" and not os.environ.get("WANDB_API_KEY"))
+    os.environ.setdefault("WANDB_SILENT", "true")
+    record = {key: run.record[key] for key in ("commit", "versions")}
+    return WandbLogger(
+        project=config.tracking.project,
+        entity=config.tracking.entity,
+        name=config.name,
+        id=run.id,
+        group=config.tracking.group,
+        tags=config.tracking.tags,
+        job_type="train",
+        save_dir=str(run.folder),
+        offline=offline,
+        resume="allow",
+        config=to_plain(config) | record,
+    )
+
+
+class Recorder(pl.Callback):
+    """Writes one phase's curves: learning rates, loss, metrics, images per second, share of time waiting for data.
+
+    Its seconds and images are in the checkpoint, so a resumed phase counts the whole of its work.
+    """
+
+    def __init__(
+        self,
+        metrics: MetricsFile,
+        logger: WandbLogger | None,
+        *,
+        phase: str,
+        first_epoch: int,
+        first_step: int,
+        samples: int,
+        global_batch: int,
+        log_every_steps: int,
+    ) -> None:
+        self.metrics = metrics
+        self.logger = logger
+        self.phase = phase
+        self.first_epoch, self.first_step = first_epoch, first_step
+        self.samples, self.global_batch = samples, global_batch
+        self.log_every_steps = log_every_steps
+        self.train_seconds, self.wait_seconds, self.seconds_before, self.images = 0.0, 0.0, 0.0, 0
+        self._started = self._mark = self._since = time.perf_counter()
+        self._window_images, self._window_wait = 0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the phase so far, validation and checkpoints included."""
+        return self.seconds_before + time.perf_counter() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        """Totals of the phase, kept over a stop."""
+        totals = {"train_seconds": self.train_seconds, "wait_seconds": self.wait_seconds, "images": self.images}
+        return totals | {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the totals of a checkpoint."""
+        self.train_seconds, self.wait_seconds = state_dict["train_seconds"], state_dict["wait_seconds"]
+        self.images, self.seconds_before = state_dict["images"], state_dict["seconds"]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of an epoch: validation between epochs is not training time."""
+        self._mark = self._since = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """The batch has come: what passed since the last step ended was waiting."""
+        waited = time.perf_counter() - self._mark
+        self.wait_seconds += waited
+        self._window_wait += waited
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the step's images and write a row every `log_every_steps`."""
+        assert isinstance(pl_module, TransferModule)
+        now = time.perf_counter()
+        images = min(self.global_batch, self.samples - batch_idx * self.global_batch)
+        self.images += images
+        self._window_images += images
+        last = (batch_idx + 1) * self.global_batch >= self.samples
+        if trainer.global_step % self.log_every_steps == 0 or last:
+            seconds = now - self._since
+            self.train_seconds += seconds
+            rates = {f"lr/{g['name'].split('/')[0]}": g["lr"] for g in trainer.optimizers[0].param_groups}
+            self._write(
+                trainer,
+                {
+                    "train/loss": pl_module.train_loss,
+                    **rates,
+                    "images_per_s": self._window_images / seconds,
+                    "data_wait_share": self._window_wait / seconds,
+                },
+            )
+            self._since, self._window_images, self._window_wait = now, 0, 0.0
+        self._mark = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the metrics of a validation."""
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self._write(trainer, values)
+
+    def _write(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
+        if not trainer.is_global_zero:
+            return
+        epoch, step = self.first_epoch + trainer.current_epoch, self.first_step + trainer.global_step
+        self.metrics.add(self.phase, epoch, step, values)
+        if self.logger:
+            self.logger.log_metrics(values | {"epoch": float(epoch)}, step=step)
