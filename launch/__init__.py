@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from lit_transfer.config import UserError, nearest
+from lit_transfer.errors import UserError, nearest
 
 VERBS = {
     "prepare": "pictures -> WebDataset shards and a manifest",

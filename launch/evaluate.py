@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lit_transfer.config import Config, Stream, UserError, load, require
+from lit_transfer.config import Config, Stream
 from lit_transfer.config import Trainer as TrainerConfig
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.data.module import Samples, open_stream
+from lit_transfer.errors import UserError, require
 from lit_transfer.evaluation import Evaluation, check_column, predict_samples, write_report
 from lit_transfer.launch import run as run_verb
 from lit_transfer.model import portable
 from lit_transfer.phases.table import expand
+from lit_transfer.reading import load
 from lit_transfer.report import table
 
 

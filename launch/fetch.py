@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from lit_transfer.launch import run
 from lit_transfer.launch.options import read_config
-
 from lit_transfer.model.sources import build_net
 
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from lit_transfer.config import Config, load, require
+from lit_transfer.config import Config
+from lit_transfer.errors import require
+from lit_transfer.reading import load
 
 
 def read_config(argv: Sequence[str], program: str, doc: str | None) -> Config:
-    """The config of `--config FILE`, with every other `--section.key VALUE` applied; `--help` lists all keys."""
+    """The config of `--config FILE`, with the `--section.key VALUE` of the others; `--help` lists all keys."""
     arguments = list(argv)
     if not arguments or "--help" in arguments or "-h" in arguments:
         parser = ArgumentParser(prog=program, description=doc)

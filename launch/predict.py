@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_transfer.config import require
 from lit_transfer.data.decode import EXTENSIONS, DecodeError
 from lit_transfer.data.names import natural_key
+from lit_transfer.errors import require
 from lit_transfer.files import write_text
 from lit_transfer.launch import run as run_verb
 from lit_transfer.model import portable

@@ -11,11 +11,11 @@ import sys
 import time
 from collections.abc import Sequence
 
-from lit_transfer.launch import run
-
-from lit_transfer.config import load, override, parse, require
 from lit_transfer.data.items import Pack
 from lit_transfer.data.pack import Packed, pack
+from lit_transfer.errors import require
+from lit_transfer.launch import run
+from lit_transfer.reading import load, override, parse
 
 
 def main(argv: Sequence[str]) -> int:

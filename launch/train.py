@@ -25,44 +25,47 @@ from lit_transfer.model.module import Stopped
 from lit_transfer.model.network import Network
 from lit_transfer.objectives.losses import check_objective, class_weights, outputs
 from lit_transfer.phases.run import Job, run_phases
-from lit_transfer.phases.table import differences, expand, fingerprint, resolve
+from lit_transfer.phases.table import PhasePlan, differences, expand, fingerprint, resolve
 from lit_transfer.tracking import ENVIRONMENT, open_run, wandb_logger
 
 
-def train(config: Config) -> None:
-    """One run, from config to summary; each statement is an arrow of the diagram in the README."""
+def prepare_job(config: Config) -> tuple[Job, list[PhasePlan]]:
+    """From a config to all that training needs; each statement is an arrow of the diagram in the README."""
     streams = open_streams(config.data, config.seed)
-    task, classes = streams["train"].manifest.task, streams["train"].manifest.classes(config.data.label)
+    manifest = streams["train"].manifest
+    task, classes = manifest.task, manifest.classes(config.data.label)
     check_objective(task, config.objective)
+    weights = class_weights(config.objective, streams["train"].labels, task, classes)
 
     torch.manual_seed(config.seed)  # weights that start random
     backbone = build_backbone(config.model, image_size=config.image.size)
+    head = build_head(config.model.head, backbone.features, outputs(task, len(classes)), config.seed)
+    network = Network(backbone, head)
+
     image, preprocessing = settle_image(config.image, backbone.image)
     config = replace(config, image=image, phases=expand(config))
-    network = Network(backbone, build_head(config.model.head, backbone.features, outputs(task, len(classes)), config.seed))
-    weights = class_weights(config.objective, streams["train"].labels, task, len(classes))
-
     plans = resolve(config, backbone.stage_names, len(streams["train"].rows))
     digests = {name: samples.manifest.digest for name, samples in streams.items()}
     run = open_run(config, fingerprint(config, plans, digests), differences)
-    if not run.summary():
-        job = Job(config, network, streams, preprocessing, weights, run, wandb_logger(config, run))
-        results = run_phases(job, plans)
-        conclude(job, results)
-    print(report.summary_table(run.summary()))
+    return Job(config, network, streams, preprocessing, weights, run, wandb_logger(config, run)), plans
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0 when finished, 130 when a signal stopped the run."""
     config = read_config(argv, "lit-transfer train", __doc__)
     try:
-        train(config)
+        job, plans = prepare_job(config)
+        summary = job.run.summary() or conclude(job, run_phases(job, plans))
     except Stopped:
-        if "LOCAL_RANK" not in os.environ or os.environ["LOCAL_RANK"] == "0":
-            print(f"\nstopped; the same command continues {config.run_dir} from its last whole epoch.")
-            return 130
+        # Only rank 0 says so: a child that ends with a status makes Lightning kill the others.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return 0
+        print(f"stopped; the same command continues {config.run_dir} from its last whole epoch.", flush=True)
+        return 130
     finally:
         os.environ.pop(ENVIRONMENT, None)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(report.summary_table(summary))
     return 0
 
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_transfer.config import Config as Config
-    from lit_transfer.config import UserError as UserError
     from lit_transfer.data.decode import DecodeError as DecodeError
     from lit_transfer.data.decode import Preprocessing as Preprocessing
     from lit_transfer.data.decode import decode as decode
     from lit_transfer.data.items import Pack as Pack
     from lit_transfer.data.manifest import Manifest as Manifest
     from lit_transfer.data.pack import pack as pack
+    from lit_transfer.errors import UserError as UserError
     from lit_transfer.model.backbone import Backbone as Backbone
     from lit_transfer.model.backbone import build_backbone as build_backbone
     from lit_transfer.model.heads import build_head as build_head
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Config": "config",
-    "UserError": "config",
+    "UserError": "errors",
     "Pack": "data.items",
     "pack": "data.pack",
     "Manifest": "data.manifest",

@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_transfer.config import Config, nearest, require, to_plain
+from lit_transfer.config import Config
 from lit_transfer.config import Trainer as TrainerConfig
 from lit_transfer.data.decode import Preprocessing, open_rgb
 from lit_transfer.data.module import Samples
 from lit_transfer.data.names import natural_key
 from lit_transfer.data.store import ShardReader
+from lit_transfer.errors import nearest, require
 from lit_transfer.files import write_json
 from lit_transfer.model.module import Predictions, TransferModule
 from lit_transfer.model.network import Network
@@ -28,10 +29,10 @@ from lit_transfer.objectives.decisions import choose_threshold, decide
 from lit_transfer.objectives.metrics import confusion, metrics, per_class
 from lit_transfer.phases.run import Job, PhaseResult, predict_stream, ranks_of
 from lit_transfer.phases.table import expand
+from lit_transfer.reading import to_plain
 from lit_transfer.report import contact_sheet, plot_confusion, plot_curves, plot_predictions, plot_roc
 
-MISTAKES = 24
-"""Pictures on the sheet of the worst mistakes."""
+MISTAKES = 24  # pictures on the sheet of the worst ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +120,11 @@ class Evaluation:
             yes = bool(target[column] == 1)
             lines = [
                 f"{self.names[column]}: {'yes' if yes else 'no'}",
-                f"said: {'no' if yes else 'yes'} {float(said[column]):.2f}",
+                f"said: {'no' if yes else 'yes'}, p(yes) {float(said[column]):.2f}",
             ]
         else:
             decided = int(decide(self.task, said[None], self.threshold)[0])
-            told = f"said: {self.names[decided]} {float(said[decided]):.2f}"
+            told = f"said: {self.names[decided]} ({float(said[decided]):.2f})"
             lines = [f"true: {self.names[int(target)]}", told]
         return "\n".join([*lines, str(source).rpartition("/")[2]])
 
@@ -148,11 +149,7 @@ def predict_samples(
 
 
 def write_report(folder: Path, evaluation: Evaluation, figures: dict[str, Any], curves: Path) -> list[Path]:
-    """Write `metrics.json` and the task's pictures; also the training curves, where `curves` exists.
-
-    Returns:
-        the pictures.
-    """
+    """Write `metrics.json`, the task's pictures, and curves if `curves` is there; returns the pictures."""
     write_json(folder / "metrics.json", figures)
     task, names, threshold = evaluation.task, evaluation.names, evaluation.threshold
     said, targets = evaluation.predictions.probabilities, evaluation.predictions.targets
@@ -188,12 +185,9 @@ def write_mistakes(evaluation: Evaluation, path: Path) -> None:
 
 
 def conclude(job: Job, results: Sequence[PhaseResult]) -> dict[str, Any]:
-    """Measure a trained network and leave the result; every rank must call it, rank 0 writes.
+    """Measure a trained network, leave the result and return the summary; every rank must call it.
 
-    The threshold is chosen on `val`. `summary.json` is written last: it marks the run as finished.
-
-    Returns:
-        the summary.
+    The threshold is chosen on `val`. Rank 0 writes, `summary.json` last: it marks the run as finished.
     """
     # Nothing trains any more; this also keeps `norm: batch` from averaging its statistics once more.
     job.network.set_cut("head")

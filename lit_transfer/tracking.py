@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,30 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import WandbLogger
 
-from lit_transfer.config import Config, UserError, to_plain, to_yaml
+from lit_transfer.config import Config
+from lit_transfer.errors import UserError
 from lit_transfer.files import replacing, write_json, write_text
 from lit_transfer.model.module import TransferModule
+from lit_transfer.reading import to_plain, to_yaml
 
 ENVIRONMENT = "LIT_TRANSFER_RUN"
 """Hands the run's record from the process that opened it to the ranks that it starts."""
 
 
 def commit() -> str | None:
-    """The commit of the checkout this package runs from, with `+changes` if it is not clean; None elsewhere."""
+    """The commit of the checkout this runs from, with `+changes` if it is not clean; None elsewhere."""
     folder = Path(__file__).parent
     try:
         git = ["git", "-C", str(folder)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
-        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        tracked = subprocess.run(
+            [*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False
+        )
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     if tracked.returncode:  # installed inside somebody else's repository
@@ -41,7 +50,7 @@ def commit() -> str | None:
 
 
 class Run:
-    """A run directory: `config.yaml`, `run.json`, `metrics.csv`, `checkpoints/`, later `summary.json` and `model/`.
+    """A run directory: `config.yaml`, `run.json`, `metrics.csv`, `checkpoints/`, `summary.json` and `model/`.
 
     Args:
         folder: the run directory.
@@ -88,15 +97,15 @@ def open_run(config: Config, fingerprint: dict[str, Any], compare: Callable[[Any
         changed = compare(record["fingerprint"], json.loads(json.dumps(fingerprint)))
         if changed:
             raise UserError(
-                f"{config.run_dir} holds a run with other settings ({'; '.join(changed[:8])}); choose another name, "
-                "or remove the directory."
+                f"{config.run_dir} holds a run with other settings ({'; '.join(changed[:8])}); choose "
+                "another name, or remove the directory."
             )
     else:
         record = {
             "id": f"{config.name}-{secrets.token_hex(4)}",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit(),
-            "versions": {"torch": torch.__version__, "pytorch_lightning": pl.__version__},
+            "versions": {"torch": torch.__version__, "pytorch_lightning": version("pytorch-lightning")},
             "fingerprint": fingerprint,
         }
         write_text(folder / "config.yaml", to_yaml(config))
@@ -148,7 +157,9 @@ class MetricsFile:
             self._rewrite()
 
     def _rewrite(self) -> None:
-        self._columns = list(dict.fromkeys([*self.KEYS, *self._columns, *(name for row in self.rows for name in row)]))
+        self._columns = list(
+            dict.fromkeys([*self.KEYS, *self._columns, *(name for row in self.rows for name in row)])
+        )
         with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
@@ -179,7 +190,7 @@ def wandb_logger(config: Config, run: Run) -> WandbLogger | None:
 
 
 class Recorder(pl.Callback):
-    """Writes one phase's curves: learning rates, loss, metrics, images per second, share of time waiting for data.
+    """Writes a phase's curves: learning rates, loss, metrics, images per second, share of time spent waiting.
 
     Its seconds and images are in the checkpoint, so a resumed phase counts the whole of its work.
     """
@@ -213,7 +224,11 @@ class Recorder(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Totals of the phase, kept over a stop."""
-        totals = {"train_seconds": self.train_seconds, "wait_seconds": self.wait_seconds, "images": self.images}
+        totals = {
+            "train_seconds": self.train_seconds,
+            "wait_seconds": self.wait_seconds,
+            "images": self.images,
+        }
         return totals | {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -225,7 +240,9 @@ class Recorder(pl.Callback):
         """Start the clock of an epoch: validation between epochs is not training time."""
         self._mark = self._since = time.perf_counter()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """The batch has come: what passed since the last step ended was waiting."""
         waited = time.perf_counter() - self._mark
         self.wait_seconds += waited
@@ -259,7 +276,9 @@ class Recorder(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the metrics of a validation."""
-        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        values = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")
+        }
         self._write(trainer, values)
 
     def _write(self, trainer: pl.Trainer, values: dict[str, float]) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lit_transfer.config import UserError, require
 from lit_transfer.data.items import Item, Listing, Pack, Source, check_splits, choose_labels, make_item
+from lit_transfer.errors import UserError, require
 
 
 def open_dataset(spec: str, pack: Pack) -> Source:

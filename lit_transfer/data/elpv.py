@@ -11,7 +11,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from lit_transfer.config import UserError
+from lit_transfer.errors import UserError
 
 
 class Elpv:

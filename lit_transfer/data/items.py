@@ -11,7 +11,7 @@ from typing import Literal
 
 from PIL import Image
 
-from lit_transfer.config import nearest, require
+from lit_transfer.errors import nearest, require
 
 RESERVED = ("path", "image", "source", "split", "group", "weight")
 

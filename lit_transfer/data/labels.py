@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_transfer.config import UserError, nearest, require
 from lit_transfer.data.items import Listing, Pack
 from lit_transfer.data.manifest import CLASS_TASKS, Label
 from lit_transfer.data.names import all_numbers, in_order, number, refuse_twins
 from lit_transfer.data.sources import read_table
 from lit_transfer.data.splits import Tag, quantile_bins
+from lit_transfer.errors import UserError, nearest, require
 
 Value = int | float | None
 _SWITCH = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lit_transfer.config import UserError, nearest, require
+from lit_transfer.errors import UserError, nearest, require
 
 FORMAT = 1
 FILE_NAME = "manifest.arrow"

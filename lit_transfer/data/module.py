@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lit_transfer.config import Data, Stream, UserError, nearest, require
+from lit_transfer.config import Data, Stream
 from lit_transfer.data import plan
 from lit_transfer.data.decode import DecodeError, Preprocessing, decode
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.data.store import ShardReader
+from lit_transfer.errors import UserError, nearest, require
 
 DRAWS = 16
 """Random numbers per sample and epoch that a training batch carries for augmentation."""
@@ -42,6 +43,11 @@ class Samples:
     weights: NDArray[np.float32]
     unlabelled: int
 
+    @property
+    def labels(self) -> Tensor:
+        """The stream's own targets, [N] or [N, K], in the order of `rows`."""
+        return torch.from_numpy(self.targets[self.rows])
+
 
 def open_stream(stream: Stream, label: str | None, seed: int) -> Samples:
     """Open one stream of a config.
@@ -62,21 +68,29 @@ def open_stream(stream: Stream, label: str | None, seed: int) -> Samples:
     known = targets[rows] >= 0 if targets.ndim == 1 else ~np.isnan(targets[rows]).all(axis=1)
     labelled = rows[known]
     require(len(labelled) > 0, f"no sample of split '{stream.split}' of {stream.manifest} has a label.")
-    keep = plan.shuffled(labelled, manifest.digest, seed, "fraction")[: math.ceil(stream.fraction * len(labelled))]
+    keep = plan.shuffled(labelled, manifest.digest, seed, "fraction")[
+        : math.ceil(stream.fraction * len(labelled))
+    ]
     weights = manifest.table["weight"].to_numpy()
     return Samples(manifest, np.sort(keep), targets, weights, len(rows) - len(labelled))
 
 
 def open_streams(data: Data, seed: int) -> dict[str, Samples]:
-    """Open `train`, and `val` and `test` where the config has them; all must have the task and classes of train."""
+    """Open `train`, and `val` and `test` where given; all must have the task and classes of `train`."""
     named = {"train": data.train, "val": data.val, "test": data.test}
-    streams = {name: open_stream(stream, data.label, seed) for name, stream in named.items() if stream is not None}
+    streams = {
+        name: open_stream(stream, data.label, seed) for name, stream in named.items() if stream is not None
+    }
     for name, samples in streams.items():
-        check_same_labels(f"data.{name}", samples.manifest, "data.train", streams["train"].manifest, data.label)
+        check_same_labels(
+            f"data.{name}", samples.manifest, "data.train", streams["train"].manifest, data.label
+        )
     return streams
 
 
-def check_same_labels(name: str, manifest: Manifest, other: str, expected: Manifest, label: str | None) -> None:
+def check_same_labels(
+    name: str, manifest: Manifest, other: str, expected: Manifest, label: str | None
+) -> None:
     """Refuse a dataset whose task, label columns or classes are not those of another."""
     require(
         manifest.task == expected.task,
@@ -87,16 +101,16 @@ def check_same_labels(name: str, manifest: Manifest, other: str, expected: Manif
         missing = [c for c in theirs if c not in ours]
         extra = [c for c in ours if c not in theirs]
         raise UserError(
-            f"{name} and {other} do not have the same columns or classes in the same order: missing {missing}, "
-            f"extra {extra}; prepare both with the same classes."
+            f"{name} and {other} do not have the same columns or classes in the same order: "
+            f"missing {missing}, extra {extra}; prepare both with the same classes."
         )
 
 
 class SampleDataset(Dataset[dict[str, Tensor]]):
     """Decodes one `plan.Batch` at a time.
 
-    An item has `image` uint8 [B, 3, canvas, canvas], `target`, `weight` [B], `row` [B], `valid` [B] (False where
-    padded), and for training `uniform` [B, DRAWS] for augmentation.
+    An item has `image` uint8 [B, 3, canvas, canvas], `target`, `weight` [B], `row` [B], `valid` [B]
+    (False where padded), and for training `uniform` [B, DRAWS] for augmentation.
     """
 
     def __init__(self, samples: Samples, preprocessing: Preprocessing, augment_seed: int | None) -> None:
@@ -128,14 +142,23 @@ class SampleDataset(Dataset[dict[str, Tensor]]):
             return decode(self.reader.read(row), self.preprocessing)
         except DecodeError as error:
             key = self.samples.manifest.table["key"][row].as_py()
-            raise UserError(f"sample {key} of {self.samples.manifest.path} cannot be decoded: {error}") from error
+            raise UserError(
+                f"sample {key} of {self.samples.manifest.path} cannot be decoded: {error}"
+            ) from error
 
 
 class PlanSampler(Sampler[plan.Batch]):
     """One rank's batches of an epoch. Lightning calls `set_epoch` before each."""
 
     def __init__(
-        self, samples: Samples, *, global_batch: int, rank: int, ranks: int, seed: int | None = None, first_epoch: int = 0
+        self,
+        samples: Samples,
+        *,
+        global_batch: int,
+        rank: int,
+        ranks: int,
+        seed: int | None = None,
+        first_epoch: int = 0,
     ) -> None:
         self.samples = samples
         self.global_batch = global_batch
@@ -156,7 +179,9 @@ class PlanSampler(Sampler[plan.Batch]):
         if self.seed is not None:
             order = plan.shuffled(order, self.samples.manifest.digest, self.seed, self.epoch)
         for step in range(len(self)):
-            yield plan.Batch(self.epoch, plan.rank_slice(order, step, self.global_batch, self.rank, self.ranks))
+            yield plan.Batch(
+                self.epoch, plan.rank_slice(order, step, self.global_batch, self.rank, self.ranks)
+            )
 
 
 def loader(dataset: SampleDataset, sampler: PlanSampler, workers: int) -> DataLoader[dict[str, Tensor]]:
@@ -200,7 +225,9 @@ class ImageData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Shuffled batches of `train`; every rank must call it."""
         dataset = SampleDataset(self.streams["train"], self.preprocessing, self.seed)
-        return loader(dataset, self._sampler("train", seed=self.seed, first_epoch=self.first_epoch), self.workers)
+        return loader(
+            dataset, self._sampler("train", seed=self.seed, first_epoch=self.first_epoch), self.workers
+        )
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
         """Batches of `val` in the order of the manifest, or none; every rank must call it."""

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from lit_transfer.config import UserError
+from lit_transfer.errors import UserError
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

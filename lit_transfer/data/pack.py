@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-from lit_transfer.config import UserError, nearest, require, to_plain
 from lit_transfer.data.datasets import open_dataset
 from lit_transfer.data.items import Item, Listing, Pack, Source
 from lit_transfer.data.labels import Value, encode_labels, strata
@@ -35,6 +34,8 @@ from lit_transfer.data.shards import Place, Sample, to_json, write_shards
 from lit_transfer.data.sources import open_folder, open_table
 from lit_transfer.data.splits import assign_splits, seeded_hash
 from lit_transfer.data.whole import whole_folder
+from lit_transfer.errors import UserError, nearest, require
+from lit_transfer.reading import to_plain
 
 REJECTED = "rejected.csv"
 

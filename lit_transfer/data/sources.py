@@ -9,10 +9,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_transfer.config import UserError, require
 from lit_transfer.data.decode import EXTENSIONS
 from lit_transfer.data.items import Item, Listing, Pack, Source, check_splits, choose_labels, make_item, utf8
 from lit_transfer.data.names import natural_key, refuse_twins
+from lit_transfer.errors import UserError, require
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 

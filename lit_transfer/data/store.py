@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 
-from lit_transfer.config import UserError
 from lit_transfer.data.manifest import Manifest
+from lit_transfer.errors import UserError
 
 
 class ShardReader:
@@ -33,8 +33,8 @@ class ShardReader:
         data = os.pread(self._descriptor(shard), size, offset)
         if hashlib.sha256(data).digest() != self._hash[row].as_py():
             raise UserError(
-                f"{self._folder / self._shards[shard]}: the {size} bytes at {offset} (row {row}) are not those that "
-                "were packed; the shard was changed or damaged: run lit-transfer prepare again."
+                f"{self._folder / self._shards[shard]}: the {size} bytes at {offset} (row {row}) are not "
+                "those that were packed; the shard was changed or damaged: run lit-transfer prepare again."
             )
         return data
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lit_transfer.config import UserError
+from lit_transfer.errors import UserError
 
 
 @contextmanager

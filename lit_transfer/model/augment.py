@@ -18,9 +18,11 @@ from lit_transfer.data.decode import Preprocessing
 
 
 def settle_image(image: Image, own: Image) -> tuple[Image, Preprocessing]:
-    """The settings of a config with the backbone's own in the place of every null, and what they amount to."""
+    """A config's settings with the backbone's own in the place of every null, and what they amount to."""
     settled = replace(own, **{key: value for key, value in asdict(image).items() if value is not None})
-    assert settled.size and settled.crop and settled.interpolation and settled.mean and settled.std, "a backbone has all"
+    assert settled.size and settled.crop and settled.interpolation and settled.mean and settled.std, (
+        "a backbone has all"
+    )
     preprocessing = Preprocessing(
         size=settled.size,
         canvas=round(settled.size / settled.crop),
@@ -51,11 +53,13 @@ def eval_input(canvas: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def train_input(canvas: Tensor, uniform: Tensor, augment: Augment, preprocessing: Preprocessing) -> Tensor:
-    """Network input with augmentation: uint8 [B, 3, C, C] and random numbers [B, DRAWS] -> float32 [B, 3, S, S]."""
+    """Augmented network input: uint8 [B, 3, C, C] and random numbers [B, DRAWS] -> float32 [B, 3, S, S]."""
     size = preprocessing.size
     if moves(augment):
         grid = F.affine_grid(
-            affine(uniform, augment, size / canvas.shape[-1]), [len(canvas), 3, size, size], align_corners=False
+            affine(uniform, augment, size / canvas.shape[-1]),
+            [len(canvas), 3, size, size],
+            align_corners=False,
         )
         # Pixels from outside repeat the border: an edge of black would be a feature of its own.
         images = F.grid_sample(canvas.float() / 255, grid, padding_mode="border", align_corners=False)
@@ -78,7 +82,7 @@ def moves(augment: Augment) -> bool:
 
 
 def affine(uniform: Tensor, augment: Augment, share: float) -> Tensor:
-    """Maps of output to canvas positions, both in [-1, 1], [B, 2, 3]; without augmentation the centre `share`."""
+    """Maps of output to canvas positions in [-1, 1], [B, 2, 3]; without augmentation the centre `share`."""
     u = uniform.T
     flip_x = 1 - 2 * (u[0] < augment.flip_h).float()
     flip_y = 1 - 2 * (u[1] < augment.flip_v).float()
@@ -88,7 +92,11 @@ def affine(uniform: Tensor, augment: Augment, share: float) -> Tensor:
         side = torch.sqrt(augment.crop_area + (1 - augment.crop_area) * u[4])
         corner_x, corner_y = (1 - side) * (2 * u[5] - 1), (1 - side) * (2 * u[6] - 1)
     else:
-        side, corner_x, corner_y = torch.full_like(u[4], share), torch.zeros_like(u[5]), torch.zeros_like(u[6])
+        side, corner_x, corner_y = (
+            torch.full_like(u[4], share),
+            torch.zeros_like(u[5]),
+            torch.zeros_like(u[6]),
+        )
     # Keras' convention: a zoom factor over 1 shows more of the picture, so it scales the sampled window.
     scale_x = side * flip_x * (1 + augment.zoom * (2 * u[7] - 1))
     scale_y = side * flip_y * (1 + augment.zoom * (2 * u[8] - 1))

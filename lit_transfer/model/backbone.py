@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lit_transfer.config import Image, Model, UserError, require
-from lit_transfer.model.sources import Network, build_net, tensor_names
+from lit_transfer.config import Image
+from lit_transfer.errors import UserError, require
+from lit_transfer.model.sources import Built, build_net, tensor_names
 from lit_transfer.model.stages import (
     Stage,
     Step,
@@ -20,6 +21,7 @@ from lit_transfer.model.stages import (
     owners,
     summarise,
 )
+from lit_transfer.recipe import Model
 
 
 class Backbone(nn.Module):
@@ -161,7 +163,7 @@ def _stages_kept(model: Model, names: list[str]) -> int:
     return find_cut(model.last_stage, names, model.backbone) + 1
 
 
-def _take_off_classifier(network: Network, image: Tensor, name: str) -> None:
+def _take_off_classifier(network: Built, image: Tensor, name: str) -> None:
     """Take off the last layer and prove the stages equal to the whole network; mutates the net."""
     net, table = network.net, network.table
     try:
@@ -196,7 +198,7 @@ def _extended(stages: tuple[Stage, ...], end: tuple[Step, ...]) -> tuple[Stage, 
     return (*stages[:-1], replace(stages[-1], steps=stages[-1].steps + end))
 
 
-def _end_in_vector(network: Network, last: int, image: Tensor, model: Model) -> tuple[tuple[Stage, ...], int]:
+def _end_in_vector(network: Built, last: int, image: Tensor, model: Model) -> tuple[tuple[Stage, ...], int]:
     """The first `last` stages with the pooling at their end, and the width of the vector they give."""
     net, table = network.net, network.table
     stages = table.stages[:last]

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from lit_transfer.config import Head
+from lit_transfer.recipe import Head
 
 
 def build_head(head: Head, features: int, outputs: int, seed: int) -> nn.Sequential:

@@ -13,14 +13,16 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lit_transfer.config import Augment, Objective, UserError
+from lit_transfer.config import Augment
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.plan import PADDING
+from lit_transfer.errors import UserError
 from lit_transfer.model.augment import eval_input, train_input
 from lit_transfer.model.network import Network, batch_norms
 from lit_transfer.objectives.decisions import probabilities
 from lit_transfer.objectives.losses import loss_rows
 from lit_transfer.objectives.metrics import metrics
+from lit_transfer.recipe import Objective
 
 Batch = dict[str, Tensor]
 
@@ -62,7 +64,9 @@ class TransferModule(pl.LightningModule):
         stop_requested: whether a signal has reached this process.
     """
 
-    def __init__(
+    class_weights: Tensor | None
+
+    def __init__(  # noqa: PLR0913 - it is handed all that it uses, by name
         self,
         network: Network,
         *,
@@ -101,7 +105,7 @@ class TransferModule(pl.LightningModule):
         return self.optimizer
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed dropout from (seed, run step, rank), so a resumed run draws what an uninterrupted one would."""
+        """Seed dropout from (seed, run step, rank), so a resumed run draws what a whole one would."""
         step = self.first_step + self.global_step
         key = hashlib.sha256(f"{self.seed}|{step}|{self.global_rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(key[:8], "little"))
@@ -112,14 +116,16 @@ class TransferModule(pl.LightningModule):
             images = train_input(batch["image"], batch["uniform"], self.augment, self.preprocessing)
         values, counts = self._loss(self(images), batch)
         total, count = values.sum(), counts.sum()
-        shared = self._all_reduce(torch.stack([total.detach(), count, count.new_tensor(float(self.stop_requested()))]))
+        shared = self._all_reduce(
+            torch.stack([total.detach(), count, count.new_tensor(float(self.stop_requested()))])
+        )
         self.train_loss = float(shared[0] / shared[1].clamp(min=1))
         if shared[2] > 0:
             raise Stopped
         if not np.isfinite(self.train_loss):
             raise UserError(
-                f"train/loss is {self.train_loss} at step {self.first_step + self.global_step}; lower the phase's "
-                "learning rates, or use trainer.precision 32."
+                f"train/loss is {self.train_loss} at step {self.first_step + self.global_step}; lower the "
+                "phase's learning rates, or use trainer.precision 32."
             )
         return total * self.trainer.world_size / shared[1].clamp(min=1).to(total)
 
@@ -129,7 +135,13 @@ class TransferModule(pl.LightningModule):
             images = eval_input(batch["image"], self.preprocessing)
         logits = self(images).float()
         values, counts = self._loss(logits, batch)
-        kept = {"row": batch["row"], "logits": logits, "target": batch["target"], "value": values, "count": counts}
+        kept = {
+            "row": batch["row"],
+            "logits": logits,
+            "target": batch["target"],
+            "value": values,
+            "count": counts,
+        }
         self._eval_rows.append({name: tensor.detach().cpu() for name, tensor in kept.items()})
 
     def on_validation_start(self) -> None:
@@ -137,13 +149,20 @@ class TransferModule(pl.LightningModule):
         if self.network.norm == "batch":
             self._share_running_statistics()
 
+    def on_train_epoch_end(self) -> None:
+        """The same before a checkpoint, where no validation has done it; every rank must call it."""
+        if self.network.norm == "batch" and not self.trainer.enable_validation:
+            self._share_running_statistics()
+
     def on_validation_epoch_start(self) -> None:
         """Forget the rows of the last validation."""
         self._eval_rows = []
 
     def on_validation_epoch_end(self) -> None:
-        """Gather all ranks' rows, set `predictions` and log `val/...` for callbacks; every rank must call it."""
-        rows = {name: self._gather(torch.cat([r[name] for r in self._eval_rows])) for name in self._eval_rows[0]}
+        """Gather all ranks' rows, set `predictions` and log `val/...`; every rank must call it."""
+        rows = {
+            name: self._gather(torch.cat([r[name] for r in self._eval_rows])) for name in self._eval_rows[0]
+        }
         order = torch.argsort(rows["row"])
         order = order[rows["row"][order] != PADDING]
         rows = {name: tensor[order] for name, tensor in rows.items()}

@@ -28,7 +28,7 @@ class Network(nn.Module):
         self.set_cut("head")
 
     def set_cut(self, cut: str, norm: Literal["pretrained", "batch"] = "pretrained") -> None:
-        """Freeze all before stage `cut` (or `head`: the whole backbone; `all`: nothing). Mutates requires_grad.
+        """Freeze all before stage `cut` (`head`: the whole backbone; `all`: nothing). Mutates requires_grad.
 
         Call it on every rank and before DDP wraps: gradients of what is thawed later are never reduced.
         """

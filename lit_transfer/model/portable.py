@@ -19,11 +19,11 @@ import huggingface_hub
 import safetensors
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lit_transfer.config import Model, UserError, parse, require, to_plain
 from lit_transfer.data.decode import Preprocessing, open_rgb, to_canvas, to_rgb
+from lit_transfer.errors import UserError, require
 from lit_transfer.files import write_json, write_text
 from lit_transfer.model.augment import eval_input
 from lit_transfer.model.backbone import build_backbone
@@ -32,6 +32,8 @@ from lit_transfer.model.heads import build_head
 from lit_transfer.model.network import Network
 from lit_transfer.objectives.decisions import decide, probabilities
 from lit_transfer.objectives.losses import outputs
+from lit_transfer.reading import parse, to_plain
+from lit_transfer.recipe import Model
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, CARD = "model.json", "weights.safetensors", "README.md"
@@ -166,8 +168,7 @@ def save_portable(folder: Path, network: Network, info: Description) -> None:
     temporary.mkdir()
     try:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-        save_file(tensors, temporary / WEIGHTS)
-        _sync(temporary / WEIGHTS)
+        _write(temporary / WEIGHTS, save(tensors))
         plain = info.to_plain()
         write_json(temporary / DESCRIPTION, plain)
         write_text(temporary / CARD, model_card(plain, folder))
@@ -243,6 +244,8 @@ def _copy_architecture(backbone: str, folder: Path) -> None:
         shutil.copyfile(cached, folder / ARCHITECTURE)
 
 
-def _sync(file: Path) -> None:
-    with file.open("rb") as written:
-        os.fsync(written.fileno())
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:  # safetensors' own writer makes files that only their owner may read
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -15,9 +15,11 @@ import torch
 import torchvision.models as tv
 from torch import nn
 
-from lit_transfer.config import Image, Model, UserError, nearest, require
+from lit_transfer.config import Image
+from lit_transfer.errors import UserError, nearest, require
 from lit_transfer.model import weights
 from lit_transfer.model.stages import Table, owners, starts_with, table_of
+from lit_transfer.recipe import Model
 
 IMAGENET = Image(
     size=224,
@@ -29,7 +31,7 @@ IMAGENET = Image(
 
 
 @dataclass(frozen=True)
-class Network:
+class Built:
     """A network with its own last layer.
 
     Args:
@@ -49,7 +51,7 @@ class Network:
 
 def build_net(
     model: Model, *, image_size: int | None = None, device: str = "cpu", load_weights: bool = True
-) -> Network:
+) -> Built:
     """Build the whole network and load its weights, its own classifier included where the file has it.
 
     Args:
@@ -89,7 +91,7 @@ def build_net(
 _MATCHING: dict[str, Any] = {"drop": ["head"], "strip_prefix": "", "match": "name"}
 
 
-def _removed(network: Network, model: Model) -> tuple[str, ...]:
+def _removed(network: Built, model: Model) -> tuple[str, ...]:
     """Tensors of the stages behind `last_stage`: a file need not hold them."""
     names = [stage.name for stage in network.table.stages]
     if model.last_stage not in names:
@@ -117,7 +119,7 @@ def _make(build: Callable[[], nn.Module], device: str) -> nn.Module:
         return build().to("meta")
 
 
-def _torchvision(name: str, model: Model, image_size: int | None, device: str, pretrained: bool) -> Network:
+def _torchvision(name: str, model: Model, image_size: int | None, device: str, pretrained: bool) -> Built:
     names = tv.list_models(module=tv)
     require(
         name in names,
@@ -151,7 +153,7 @@ def _torchvision(name: str, model: Model, image_size: int | None, device: str, p
         mean=list(preset.mean),
         std=list(preset.std),
     )
-    return Network(net, (layers[-1],), table_of(net), image, source)
+    return Built(net, (layers[-1],), table_of(net), image, source)
 
 
 def _positions(model: Model, own: int | None, size: int | None) -> str:
@@ -161,7 +163,7 @@ def _positions(model: Model, own: int | None, size: int | None) -> str:
     )
 
 
-def _timm(name: str, model: Model, image_size: int | None, device: str, pretrained: bool) -> Network:
+def _timm(name: str, model: Model, image_size: int | None, device: str, pretrained: bool) -> Built:
     _check_timm_name(name)
     hub = Path(huggingface_hub.constants.HF_HUB_CACHE)
     source = None
@@ -193,7 +195,7 @@ def _timm(name: str, model: Model, image_size: int | None, device: str, pretrain
         mean=list(config["mean"]),
         std=list(config["std"]),
     )
-    return Network(net, _classifier_of(net, model.backbone), table_of(net), image, source)
+    return Built(net, _classifier_of(net, model.backbone), table_of(net), image, source)
 
 
 def _check_timm_name(name: str) -> None:
@@ -223,7 +225,7 @@ def _timm_file(config: Mapping[str, Any]) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _from_callable(module: str, name: str, device: str, pretrained: bool) -> Network:
+def _from_callable(module: str, name: str, device: str, pretrained: bool) -> Built:
     where = f"model.backbone '{module}:{name}'"
     require(
         not pretrained,
@@ -237,7 +239,7 @@ def _from_callable(module: str, name: str, device: str, pretrained: bool) -> Net
         raise UserError(f"{where} cannot be imported ({error}); {remedy}.") from error
     net = _make(build, device)
     require(isinstance(net, nn.Module), f"{where} gave {type(net).__name__}, not a torch.nn.Module.")
-    return Network(net, _classifier_of(net, f"{module}:{name}"), table_of(net), IMAGENET)
+    return Built(net, _classifier_of(net, f"{module}:{name}"), table_of(net), IMAGENET)
 
 
 def _classifier_of(net: nn.Module, name: str) -> tuple[str, ...]:
@@ -257,7 +259,7 @@ def _classifier_of(net: nn.Module, name: str) -> tuple[str, ...]:
     return paths
 
 
-def _quiet_dropout(network: Network) -> None:
+def _quiet_dropout(network: Built) -> None:
     """Dropout directly in front of the classifier belongs to the old head; the new head has its own."""
     leaves = [(path, module) for path, module in network.net.named_modules() if not list(module.children())]
     paths = [path for path, _ in leaves]

@@ -15,7 +15,7 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lit_transfer.config import UserError, nearest
+from lit_transfer.errors import UserError, nearest
 
 Step = str | Callable[[nn.Module, Tensor], Tensor]
 

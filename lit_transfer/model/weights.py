@@ -17,8 +17,9 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from lit_transfer.config import Model, UserError, require
+from lit_transfer.errors import UserError, require
 from lit_transfer.model.stages import starts_with
+from lit_transfer.recipe import Model
 
 # The portable model of a run holds its Backbone's tensors under these names.
 RUN_FILE = Path("model") / "weights.safetensors"

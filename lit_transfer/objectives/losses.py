@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_transfer.config import Objective, UserError, require
+from lit_transfer.errors import UserError, require
+from lit_transfer.recipe import Objective
 
 TASKS = ("multiclass", "multilabel", "ordinal", "regression")
 

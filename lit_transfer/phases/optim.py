@@ -21,16 +21,21 @@ def parameter_groups(network: Network, plan: PhasePlan) -> list[dict[str, Any]]:
         "head": list(network.head.named_parameters()),
         "backbone": [pair for index in stages for pair in network.backbone.stage_parameters(index)],
     }
-    groups = []
+    groups: list[dict[str, Any]] = []
     for group in plan.groups:
         matrices: list[nn.Parameter] = [p for _, p in named[group.name] if p.ndim > 1]
         vectors: list[nn.Parameter] = [p for _, p in named[group.name] if p.ndim <= 1]
-        for kind, parameters, decay in (("decay", matrices, plan.phase.weight_decay), ("no_decay", vectors, 0.0)):
+        for kind, parameters, decay in (
+            ("decay", matrices, plan.phase.weight_decay),
+            ("no_decay", vectors, 0.0),
+        ):
             if parameters:
                 name = f"{group.name}/{kind}"
                 groups.append({"params": parameters, "name": name, "lr": group.lr, "weight_decay": decay})
     covered = {id(p) for g in groups for p in g["params"]}
-    assert covered == {id(p) for p in network.parameters() if p.requires_grad}, "every trained parameter in one group"
+    assert covered == {id(p) for p in network.parameters() if p.requires_grad}, (
+        "every trained parameter in one group"
+    )
     return groups
 
 

@@ -13,10 +13,12 @@ How a run that was stopped goes on, in this order:
 from __future__ import annotations
 
 import json
+import logging
 import signal
+import warnings
 from dataclasses import asdict, dataclass
-from types import FrameType
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,12 +26,13 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-from lit_transfer.config import Config, require
+from lit_transfer.config import Config
 from lit_transfer.config import Trainer as TrainerConfig
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.module import ImageData, Samples
+from lit_transfer.errors import require
 from lit_transfer.files import replacing, write_json
 from lit_transfer.model.module import Predictions, TransferModule
 from lit_transfer.model.network import Network
@@ -122,6 +125,7 @@ def make_trainer(config: TrainerConfig, **settings: Any) -> pl.Trainer:
         on_gpu or config.precision != "16-mixed",
         "trainer.precision 16-mixed needs a GPU and none is visible; use bf16-mixed or 32.",
     )
+    _quiet()
     strategy: Strategy | str = "auto"
     if ranks_of(config) > 1 or config.strategy == "ddp":
         # Buffers are equal on all ranks already (frozen, or shared before each validation): see model/module.py.
@@ -140,6 +144,19 @@ def make_trainer(config: TrainerConfig, **settings: Any) -> pl.Trainer:
         log_every_n_steps=1,
         **settings,
     )
+
+
+def _quiet() -> None:
+    """Keep Lightning's banners, and warnings about what is meant here, out of the terminal."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        r".*module\(s\) in eval mode at the start of training",  # frozen stages are
+        r".*does not have many workers",  # data.workers is the user's choice
+        r".*isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.15
+        r".*Checkpoint directory .* exists and is not empty",  # a resumed phase
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def improves_downwards(metric: str) -> bool:
@@ -287,7 +304,7 @@ def _finish(folder: Path, network: Network, result: PhaseResult) -> None:
     """Write the phase's final weights, then the mark that it is done."""
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     with replacing(folder / "final.safetensors") as temporary:
-        save_file(state, temporary)
+        temporary.write_bytes(save(state))  # save_file would make it unreadable for the rest of the group
     write_json(folder / "done.json", asdict(result))
     print(f"phase {result.name} ended after {result.epochs} epochs: {result.reason}", flush=True)
 

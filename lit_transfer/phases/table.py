@@ -13,8 +13,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lit_transfer.config import Config, Phase, nearest, parse, require, to_plain
+from lit_transfer.config import Config
 from lit_transfer.data.plan import steps_per_epoch
+from lit_transfer.errors import nearest, require
+from lit_transfer.reading import parse, to_plain
+from lit_transfer.recipe import Phase
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,13 @@ def freeze_thaw(
     """
     train = thaw_from if thaw_from in ("all", "head") else {"from": thaw_from}
     head = {"name": "head", "train": "head", "max_epochs": head_epochs, "lr": head_lr}
-    thaw = {"name": "thaw", "train": train, "max_epochs": thaw_epochs, "lr": thaw_lr, "backbone_lr": backbone_lr}
+    thaw = {
+        "name": "thaw",
+        "train": train,
+        "max_epochs": thaw_epochs,
+        "lr": thaw_lr,
+        "backbone_lr": backbone_lr,
+    }
     return [head | shared, thaw | shared]
 
 
@@ -98,7 +107,7 @@ def resolve(config: Config, stages: Sequence[str], samples: int) -> list[PhasePl
     """What each phase does, given the backbone's stage names and the number of training samples.
 
     Raises:
-        UserError: a stage that the backbone lacks, a warm-up longer than its phase, a metric without validation.
+        UserError: a stage that the backbone lacks, a warm-up as long as its phase, a metric but no `val`.
     """
     return [_resolve_phase(config, phase, stages, samples) for phase in expand(config)]
 
@@ -153,7 +162,8 @@ def fingerprint(config: Config, plans: Sequence[PhasePlan], digests: dict[str, s
         if name in digests
     }
     phases = [
-        asdict(plan.phase) | {"steps_per_epoch": plan.steps_per_epoch, "max_steps": plan.max_steps} for plan in plans
+        asdict(plan.phase) | {"steps_per_epoch": plan.steps_per_epoch, "max_steps": plan.max_steps}
+        for plan in plans
     ]
     return kept | {
         "data": streams | {"label": plain["data"]["label"]},
@@ -171,7 +181,15 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """`key: old -> new` for every place where two plain values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
-        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+        return [
+            line
+            for key in keys
+            for line in differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+        ]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{path}[{i}]")]
+        return [
+            line
+            for i, pair in enumerate(zip(old, new, strict=True))
+            for line in differences(*pair, f"{path}[{i}]")
+        ]
     return [] if old == new else [f"{path}: {old} -> {new}"]

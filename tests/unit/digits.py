@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,23 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
-from lit_transfer.config import Config, Model, parse
+from lit_transfer.config import Config
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.items import Pack
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.data.module import Samples, open_streams
 from lit_transfer.data.pack import pack
+from lit_transfer.evaluation import conclude
 from lit_transfer.model.backbone import build_backbone
 from lit_transfer.model.heads import build_head
 from lit_transfer.model.network import Network
 from lit_transfer.model.portable import Description
 from lit_transfer.objectives.losses import outputs
+from lit_transfer.phases.run import Job, run_phases
+from lit_transfer.phases.table import differences, fingerprint, resolve
+from lit_transfer.reading import parse
+from lit_transfer.recipe import Model
+from lit_transfer.tracking import ENVIRONMENT, open_run
 
 PREPROCESSING = Preprocessing(
     size=32,
@@ -105,7 +112,10 @@ def tiny_network(model: Model, task: str, classes: int) -> Network:
     backbone = build_backbone(model, image_size=PREPROCESSING.size)
     network = Network(backbone, build_head(model.head, backbone.features, outputs(task, classes), seed=0))
     with torch.no_grad():
-        for name, buffer in network.named_buffers():  # fresh running statistics would hide that they were lost
+        for (
+            name,
+            buffer,
+        ) in network.named_buffers():  # fresh running statistics would hide that they were lost
             if "running" in name:
                 buffer.sub_(0.1 * torch.rand_like(buffer))
         logits = network.head.get_submodule("logits")
@@ -144,3 +154,16 @@ def describe(config: Config, manifest: Manifest, threshold: list[float] | None =
             "metrics": {"test/accuracy": 0.75, "test/auroc": float("nan"), "val/accuracy": 1.0},
         },
     )
+
+
+def finished_run(config: Config) -> dict[str, Any]:
+    """Train and conclude a run; returns its summary."""
+    streams = open_streams(config.data, config.seed)
+    manifest = streams["train"].manifest
+    network = tiny_network(config.model, manifest.task, len(manifest.classes()))
+    plans = resolve(config, network.backbone.stage_names, len(streams["train"].rows))
+    digests = {name: samples.manifest.digest for name, samples in streams.items()}
+    run = open_run(config, fingerprint(config, plans, digests), differences)
+    os.environ.pop(ENVIRONMENT)
+    job = Job(config, network, streams, PREPROCESSING, None, run, None)
+    return conclude(job, run_phases(job, plans))

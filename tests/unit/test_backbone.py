@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from lit_transfer.config import Model, UserError
+from lit_transfer.errors import UserError
 from lit_transfer.model import backbone as backbone_module
 from lit_transfer.model import sources, stages
 from lit_transfer.model.backbone import Backbone, build_backbone
 from lit_transfer.model.sources import build_net
 from lit_transfer.model.stages import Table
+from lit_transfer.recipe import Model
 
 # name, image size, stages
 NETWORKS = [
@@ -62,7 +63,7 @@ class Whole:
         self.tensors = set(network.net.state_dict())
         self.backbone = self._cut(name, size, network)
 
-    def _cut(self, name: str, size: int, network: sources.Network) -> Backbone:
+    def _cut(self, name: str, size: int, network: sources.Built) -> Backbone:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(backbone_module, "build_net", lambda *_, **__: network)
             return build_backbone(random_model(name), image_size=size).eval()

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_transfer.config import Model, UserError
+from lit_transfer.errors import UserError
 from lit_transfer.model import backbone as backbone_module
 from lit_transfer.model import stages
 from lit_transfer.model.backbone import Backbone, build_backbone
 from lit_transfer.model.sources import build_net
 from lit_transfer.model.stages import BODY, Stage
+from lit_transfer.recipe import Model
 
 
 def random_model(name: str, **settings: object) -> Model:

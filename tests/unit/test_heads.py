@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lit_transfer.config import Head
 from lit_transfer.model.heads import build_head
+from lit_transfer.recipe import Head
 
 
 def test_linear_head_has_weight_bias_and_optional_dropout() -> None:

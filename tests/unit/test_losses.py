@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_transfer.config import Objective, UserError
+from lit_transfer.errors import UserError
 from lit_transfer.objectives.losses import TASKS, check_objective, class_weights, loss_rows, outputs
+from lit_transfer.recipe import Objective
 
 NAN = float("nan")
 PLAIN = Objective()

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lit_transfer.config import UserError
 from lit_transfer.data.manifest import (
     FILE_NAME,
     LABEL_TYPES,
@@ -22,6 +21,7 @@ from lit_transfer.data.manifest import (
     compute_digest,
     write_manifest,
 )
+from lit_transfer.errors import UserError
 
 SHARDS = (
     Shard(name="train-000000.tar", split="train", sha256="ab" * 32, bytes=11, samples=2),

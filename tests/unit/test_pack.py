@@ -19,13 +19,13 @@ import webdataset
 from packing import column, contents, draw, folder, nothing_left, packed, payload, table
 from PIL import Image
 
-from lit_transfer.config import UserError
 from lit_transfer.data import pack as module
 from lit_transfer.data import shards
 from lit_transfer.data.decode import open_rgb
 from lit_transfer.data.items import Pack
 from lit_transfer.data.manifest import compute_digest
 from lit_transfer.data.pack import pack
+from lit_transfer.errors import UserError
 
 
 def test_plain_webdataset_reads_the_shards_back(tmp_path: Path) -> None:

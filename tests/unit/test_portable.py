@@ -14,15 +14,17 @@ import torch
 from digits import PREPROCESSING, describe, digits, streams_of, tiny_config, tiny_network
 from PIL import Image
 
-from lit_transfer.config import Config, Model, UserError
+from lit_transfer.config import Config
 from lit_transfer.data.decode import DecodeError
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.data.module import SampleDataset
 from lit_transfer.data.plan import Batch
 from lit_transfer.data.store import ShardReader
+from lit_transfer.errors import UserError
 from lit_transfer.model.augment import eval_input
 from lit_transfer.model.network import Network
 from lit_transfer.model.portable import TransferModel, load, save_portable
+from lit_transfer.recipe import Model
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +149,8 @@ def test_a_model_replaces_the_one_before_and_leaves_nothing_else(
         save_portable(run / "model", network, describe(config, manifest, [0.1]))
     assert load(run).threshold == [0.9]
     assert [path.name for path in run.iterdir()] == ["model"]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (run / "model").iterdir()}
+    assert len(set(modes.values())) == 1, modes
 
 
 def test_what_is_no_model_is_refused(run: Path, tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lit_transfer.launch import run
-from lit_transfer.launch.prepare import main, read_settings
 from packing import draw, folder
 
-from lit_transfer.config import UserError
 from lit_transfer.data.manifest import Manifest
+from lit_transfer.errors import UserError
+from lit_transfer.launch import run
+from lit_transfer.launch.prepare import main, read_settings
 
 
 def test_packs_and_summarises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

