@@ -13,7 +13,7 @@ from lit_transfer.reading import load
 
 
 def read_config(argv: Sequence[str], program: str, doc: str | None) -> Config:
-    """The config of `--config FILE`, with the `--section.key VALUE` of the others; `--help` lists all keys."""
+    """The config of `--config FILE` with each `--section.key VALUE` applied; `--help` lists the keys."""
     arguments = list(argv)
     if not arguments or "--help" in arguments or "-h" in arguments:
         parser = ArgumentParser(prog=program, description=doc)
@@ -21,8 +21,11 @@ def read_config(argv: Sequence[str], program: str, doc: str | None) -> Config:
         parser.add_class_arguments(Config)
         parser.print_help()
         sys.exit(0)
-    require("--config" in arguments, f"{program} needs --config FILE; configs/ has examples.")
-    place = arguments.index("--config")
-    require(place + 1 < len(arguments), "--config needs a file.")
-    path = arguments[place + 1]
-    return load(path, arguments[:place] + arguments[place + 2 :])
+    places = [i for i, argument in enumerate(arguments) if argument.partition("=")[0] == "--config"]
+    require(len(places) == 1, f"{program} needs --config FILE once; configs/ has examples.")
+    place = places[0]
+    _, equals, path = arguments.pop(place).partition("=")
+    if not equals:
+        require(place < len(arguments), "--config needs a file.")
+        path = arguments.pop(place)
+    return load(path, arguments)

@@ -24,13 +24,15 @@ from lit_transfer.model.heads import build_head
 from lit_transfer.model.module import Stopped
 from lit_transfer.model.network import Network
 from lit_transfer.objectives.losses import check_objective, class_weights, outputs
-from lit_transfer.phases.run import Job, run_phases
-from lit_transfer.phases.table import PhasePlan, differences, expand, fingerprint, resolve
+from lit_transfer.objectives.metrics import metric_names
+from lit_transfer.phases.run import Job, check_machine, run_phases
+from lit_transfer.phases.table import PhasePlan, check_metrics, differences, expand, fingerprint, resolve
 from lit_transfer.tracking import ENVIRONMENT, open_run, wandb_logger
 
 
 def prepare_job(config: Config) -> tuple[Job, list[PhasePlan]]:
     """From a config to all that training needs; each statement is an arrow of the diagram in the README."""
+    check_machine(config.trainer)
     streams = open_streams(config.data, config.seed)
     manifest = streams["train"].manifest
     task, classes = manifest.task, manifest.classes(config.data.label)
@@ -43,7 +45,9 @@ def prepare_job(config: Config) -> tuple[Job, list[PhasePlan]]:
     network = Network(backbone, head)
 
     image, preprocessing = settle_image(config.image, backbone.image)
-    config = replace(config, image=image, phases=expand(config))
+    phases = expand(config)
+    config = replace(config, image=image, phases=phases)
+    check_metrics(config, phases, metric_names(task, len(classes)))
     plans = resolve(config, backbone.stage_names, len(streams["train"].rows))
     digests = {name: samples.manifest.digest for name, samples in streams.items()}
     run = open_run(config, fingerprint(config, plans, digests), differences)

@@ -86,6 +86,7 @@ class Image:
                 values is None or len(values) == 3,
                 f"image.{name} {values} needs three values: red, green, blue.",
             )
+        require(min(self.std or [1]) > 0, f"image.std {self.std} has a value that is not positive.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +223,10 @@ class Config:
         require(
             bool(re.fullmatch(r"[\w.-]+", self.name)) and self.name[0] != ".",
             f"name '{self.name}' must be a plain folder name: letters, digits, '.', '_' and '-'.",
+        )
+        require(
+            0 <= self.seed < 2**63,
+            f"seed {self.seed} is outside [0, 2^63).",
         )
         require(
             self.monitor.startswith("val/"), f"monitor '{self.monitor}' must be a validation metric: val/..."

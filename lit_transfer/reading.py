@@ -2,40 +2,58 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser
 
 from lit_transfer.config import Config
 from lit_transfer.errors import UserError, nearest, require
+
+_SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "null": (r"~|null|Null|NULL|", "~nN"),
+    "int": (r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)",
+        "-+.0123456789",
+    ),
+}
+"""What plain scalars mean in YAML 1.2 (core schema, decimal numbers), with the characters they begin with."""
 
 
 class _YamlLoader(yaml.SafeLoader):
     """YAML 1.2 scalars: `off`, `no` and dates stay text, `1e-3` is a number, `012` and `1:30` are text."""
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A mapping; a key given twice is an error, where YAML would forget the first."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.YAMLError(
+                        f"line {key.start_mark.line + 1} repeats the key '{key.value}'; remove one."
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _YamlDumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 or 1.2 would read as something else, such as `off` and `1e-3`."""
+
 
 _YamlLoader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)",
-        "-+.0123456789",
-    ),
-):
-    _YamlLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), [*_first.replace("\0", ""), ""]
-    )
-_YamlLoader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
+for _tag, (_pattern, _first) in _SCALARS.items():
+    for _class in (_YamlLoader, _YamlDumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), [*_first, ""]
+        )
 
 
 def read_yaml(text: str) -> Any:
@@ -55,43 +73,20 @@ def parse(cls: type[ConfigT], plain: Mapping[str, Any]) -> ConfigT:
     Raises:
         UserError: an unknown key (the nearest one is named), a missing one, a wrong type or a broken rule.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "config")
-    checked = _check_keys(cls, plain, "")
-    try:
-        return typing.cast(ConfigT, parser.instantiate(parser.parse_object({"config": checked})).config)
-    except UserError:
-        raise
-    except Exception as error:  # jsonargparse raises several kinds; each holds one readable message
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or cause.__context__
-        raise UserError(str(cause) if cause else _type_message(str(error))) from None
-
-
-def _type_message(text: str) -> str:
-    """jsonargparse's message on a wrong type as one sentence with key, value and rule."""
-    words = " ".join(text.split())
-    key = re.search(r'key "config\.([^"]+)"', words)
-    value = re.search(r"(?:Got value|Given value): (.*)$", words)
-    rules = re.findall(r"Expected an? (.+?)(?:\. Got value| - Expected| Given value|$)", words)
-    if not (key and value and rules):
-        return words
-    expected = " or ".join(re.sub(r"<class '(\w+)'>|typing\.", r"\1", rule) for rule in rules)
-    return f"{key[1]} {value[1]!r} is of the wrong type; it must be {expected}."
+    return typing.cast(ConfigT, _build(cls, plain, ""))
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), cls: type[ConfigT] = Config) -> ConfigT:  # type: ignore[assignment]
     """Build a config from a YAML file and command-line overrides (`--a.b VALUE`, `--phases.0.lr=VALUE`)."""
     require(Path(path).is_file(), f"config file '{path}' does not exist.")
-    plain = read_yaml(Path(path).read_text())
+    plain = read_yaml(Path(path).read_text(encoding="utf-8"))
     require(isinstance(plain, dict), f"config file '{path}' must hold keys and values.")
     return parse(cls, override(plain, overrides))
 
 
 def override(plain: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
     """A copy of nested plain values with `--dotted.key VALUE` pairs applied; numbers step into lists."""
-    result = read_yaml(yaml.safe_dump(plain))
+    result = copy.deepcopy(plain)
     pending = list(arguments)
     while pending:
         flag = pending.pop(0)
@@ -103,7 +98,7 @@ def override(plain: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
             require(bool(pending), f"--{key} has no value; write --{key} VALUE.")
             text = pending.pop(0)
         _assign(result, key, read_yaml(text))
-    return typing.cast(dict[str, Any], result)
+    return result
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -113,7 +108,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """A config dataclass as YAML text that `load` reads back to an equal config."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(to_plain(config), Dumper=_YamlDumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def _assign(node: Any, dotted: str, value: Any) -> None:
@@ -141,25 +136,65 @@ def _item(node: Any, key: str, dotted: str) -> Any:
     return node[key]
 
 
-def _check_keys(hint: Any, value: Any, path: str) -> Any:
-    """Refuse unknown and missing keys in a sentence, and read numbers as text where text is meant."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    for option in options:
-        if isinstance(option, type) and dataclasses.is_dataclass(option) and isinstance(value, Mapping):
-            return _check_fields(option, value, path)
-        if typing.get_origin(option) is list and isinstance(value, list):
-            return [
-                _check_keys(typing.get_args(option)[0], item, f"{path}[{i}]") for i, item in enumerate(value)
-            ]
-    texts = {
-        text for option in options if typing.get_origin(option) is Literal for text in typing.get_args(option)
-    }
-    wants_text = str in options or str(value) in texts
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    types.NoneType: "null",
+}
+
+
+def _build(hint: Any, value: Any, path: str) -> Any:
+    """A plain value as the type that is asked for; `UserError` if it is none of its options."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if is_union else (hint,)
+    option = next((option for option in options if _fits(option, value)), None)
+    if option is None:
+        words = [word for option in options for word in _words(option)]
+        listed = " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+        raise UserError(f"{path or 'the config'} {value!r} is not {listed}.{nearest(str(value), words)}")
+    if dataclasses.is_dataclass(option):
+        return _build_fields(typing.cast(type, option), value, path)
+    if typing.get_origin(option) is list:
+        return [_build(typing.get_args(option)[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
+    if typing.get_origin(option) is dict:
+        _, items = typing.get_args(option)
+        return {str(key): _build(items, item, f"{path}.{key}") for key, item in value.items()}
+    # 1.10 has become 1.1 by now: only of a whole number can the text still be told.
+    is_text = option is str or typing.get_origin(option) is Literal
+    require(not (is_text and isinstance(value, float)), f"{path} is text, but {value} a number; quote it.")
+    if is_text:
+        return str(value)
+    return float(value) if option is float else value
+
+
+def _fits(option: Any, value: Any) -> bool:
+    """Whether a plain value can become one option of a type; what is inside lists and mappings comes later."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if is_number and wants_text and not {int, float} & set(options) else value
+    if typing.get_origin(option) is Literal:
+        return str(value) in typing.get_args(option)
+    if dataclasses.is_dataclass(option) or typing.get_origin(option) is dict:
+        return isinstance(value, Mapping)
+    if typing.get_origin(option) is list:
+        return isinstance(value, list)
+    if option is str:
+        return isinstance(value, str) or is_number
+    if option in (int, float):
+        return is_number and (option is float or isinstance(value, int))
+    return option is Any or isinstance(value, option)
 
 
-def _check_fields(cls: type, value: Mapping[str, Any], path: str) -> dict[str, Any]:
+def _words(option: Any) -> list[str]:
+    """What an option of a type is called in a sentence."""
+    if typing.get_origin(option) is Literal:
+        return list(typing.get_args(option))
+    if dataclasses.is_dataclass(option) or typing.get_origin(option) is dict:
+        return ["keys with values"]
+    return ["a list"] if typing.get_origin(option) is list else [_NAMES[option]]
+
+
+def _build_fields(cls: type, value: Mapping[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     where = path or "the config"
@@ -168,4 +203,4 @@ def _check_fields(cls: type, value: Mapping[str, Any], path: str) -> dict[str, A
     for name, spec in fields.items():
         optional = spec.default is not dataclasses.MISSING or spec.default_factory is not dataclasses.MISSING
         require(optional or name in value, f"{where} lacks '{name}'.")
-    return {key: _check_keys(hints[key], item, f"{path}.{key}".lstrip(".")) for key, item in value.items()}
+    return cls(**{key: _build(hints[key], item, f"{path}.{key}".lstrip(".")) for key, item in value.items()})

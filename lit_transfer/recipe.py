@@ -113,6 +113,10 @@ class Until:
     min_delta: float = 0.0
 
     def __post_init__(self) -> None:
+        require(
+            self.metric.startswith("val/"),
+            f"until.metric '{self.metric}' must be a validation metric: val/...",
+        )
         require(self.patience >= 1, f"until.patience {self.patience} is under 1.")
         require(self.min_delta >= 0, f"until.min_delta {self.min_delta} is negative.")
 
@@ -165,11 +169,19 @@ class Phase:
         require(self.max_epochs >= 1, f"{where}: max_epochs {self.max_epochs} is under 1.")
         require(self.global_batch >= 1, f"{where}: global_batch {self.global_batch} is under 1.")
         require(self.lr > 0, f"{where}: lr {self.lr} is not positive.")
+        require(0 <= self.momentum < 1, f"{where}: momentum {self.momentum} is outside [0, 1).")
+        require(self.weight_decay >= 0, f"{where}: weight_decay {self.weight_decay} is negative.")
         require(self.warmup_steps >= 0, f"{where}: warmup_steps {self.warmup_steps} is negative.")
         require(
             self.warmup_steps == 0 or self.schedule == "warmup_cosine",
             f"{where}: warmup_steps {self.warmup_steps} needs schedule warmup_cosine, not {self.schedule}.",
         )
+        if isinstance(self.train, dict):
+            stage = self.train["from"]
+            require(
+                stage not in ("head", "all"),
+                f"{where}: train.from '{stage}' is no stage; write train: {stage}.",
+            )
         if self.train == "head":
             require(
                 self.backbone_lr is None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import secrets
@@ -126,9 +127,10 @@ class MetricsFile:
         self.path = path
         self.rows: list[dict[str, str]] = []
         if path.is_file():
-            with path.open(newline="") as file:
-                self.rows = list(csv.DictReader(file))
-        self._columns = list(self.rows[0]) if self.rows else []
+            text = path.read_text(encoding="utf-8")
+            # A disk that was full has cut the last row short.
+            self.rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+        self._columns: list[str] = []  # so the first row added writes the whole file anew
 
     def drop_after(self, phase: str, step: int, finished: list[str]) -> None:
         """Forget rows that a resumed run will write again: of `phase` after `step`, and of later phases."""

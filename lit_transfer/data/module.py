@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,19 +56,19 @@ def open_stream(stream: Stream, label: str | None, seed: int) -> Samples:
     """
     manifest = Manifest.open(stream.manifest)
     names = [known.name for known in manifest.labels]
+    require(bool(names), f"{stream.manifest} has no labels; training and evaluation need a labelled dataset.")
     require(
         label is None or label in names,
         f"data.label '{label}' is not a label column of {stream.manifest}; it has {', '.join(names)}."
         + nearest(label or "", names),
     )
-    require(bool(names), f"{stream.manifest} has no labels; training and evaluation need a labelled dataset.")
     rows = manifest.rows(stream.split)
     targets = manifest.targets(label)
     known = targets[rows] >= 0 if targets.ndim == 1 else ~np.isnan(targets[rows]).all(axis=1)
     labelled = rows[known]
     require(len(labelled) > 0, f"no sample of split '{stream.split}' of {stream.manifest} has a label.")
     keep = plan.shuffled(labelled, manifest.digest, seed, "fraction")[
-        : math.ceil(stream.fraction * len(labelled))
+        : max(1, round(stream.fraction * len(labelled)))
     ]
     weights = manifest.table["weight"].to_numpy()
     return Samples(manifest, np.sort(keep), targets, weights, len(rows) - len(labelled))

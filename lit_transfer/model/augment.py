@@ -25,7 +25,8 @@ def settle_image(image: Image, own: Image) -> tuple[Image, Preprocessing]:
     )
     preprocessing = Preprocessing(
         size=settled.size,
-        canvas=round(settled.size / settled.crop),
+        # An even margin: the centre then lies on whole pixels, and augmentation need not blur to hit it.
+        canvas=settled.size + 2 * round((settled.size / settled.crop - settled.size) / 2),
         fit=settled.fit,
         interpolation=settled.interpolation,
         mean=(settled.mean[0], settled.mean[1], settled.mean[2]),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lit_transfer.model.network import Network
@@ -20,7 +21,7 @@ class Memory:
 
     Args:
         weights: all parameters and buffers, in fp32.
-        gradients: of what trains, in fp32; twice with several ranks, for DDP keeps a second copy in its buckets.
+        gradients: of what trains, in fp32; twice with several ranks, for DDP copies them into its buckets.
         optimizer: state of the optimizer.
         saved: activations that the trained part keeps for its backward pass.
         frozen: input and output of the largest layer of the frozen prefix, which keeps nothing.
@@ -36,7 +37,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The sum, with the larger of `saved` and `frozen`: the prefix has finished before the rest keeps anything."""
+        """The sum, with the larger of `saved` and `frozen`, which are not needed at the same time."""
         return self.weights + self.gradients + self.optimizer + self.batch + max(self.saved, self.frozen)
 
 
@@ -52,7 +53,7 @@ def phase_memory(
 ) -> Memory:
     """Estimate the memory of one rank by running a step on the meta device, where tensors have only shapes.
 
-    Not counted: gradients of activations, the workspaces of convolutions, what the allocator holds in reserve.
+    Not counted: gradients of activations, workspaces of convolutions, what the allocator holds in reserve.
 
     Args:
         network: on `meta`, its cut set; left in training mode.
@@ -79,16 +80,16 @@ def phase_memory(
 
 
 def saved_bytes(network: nn.Module, images: Tensor, mixed: bool = False) -> int:
-    """What autograd keeps of a forward pass, each storage once; parameters, buffers and the images left out."""
+    """What autograd keeps of a forward pass, each storage once, without parameters, buffers and images."""
     known = {_identity(tensor) for tensor in (*network.parameters(), *network.buffers(), images)}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if _identity(tensor) not in known:
-            kept.setdefault(_identity(tensor), tensor)  # holding it, so that no other storage takes its identity
+            kept[_identity(tensor)] = tensor  # held, so that no later storage takes its address
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         network(images)
     return sum(_activation_bytes(tensor, mixed) for tensor in kept.values())
 
@@ -102,11 +103,34 @@ def frozen_bytes(network: Network, images: Tensor, mixed: bool = False) -> int:
         tensors = {_identity(t): t for t in (*inputs, output) if isinstance(t, Tensor)}
         largest = max(largest, sum(_activation_bytes(t, mixed) for t in tensors.values()))
 
-    stages = range(network.first_trained)
-    layers = [layer for index in stages for part in network.backbone.stage_modules(index) for layer in _leaves(part)]
+    parts = [part for i in range(network.first_trained) for part in network.backbone.stage_modules(i)]
+    layers = [layer for part in parts for layer in part.modules() if not list(layer.children())]
     with torch.no_grad(), _hooked([layer.register_forward_hook(measure) for layer in layers]):
         network.backbone.run(images, 0, network.first_trained)
     return largest
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention keeps what the fused kernels of real devices keep; on meta it would keep its whole matrix."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.scaled_dot_product_attention and args[0].is_meta and args[0].ndim == 4:
+            return _Attention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    """Shapes of Dao et al. 2022 (algorithm 1): queries, keys, values, output and log-sum-exp are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        batch, heads, length, _ = queries.shape  # laid out as kernels do: joining the heads copies nothing
+        output = queries.new_empty(batch, length, heads, values.shape[-1]).transpose(1, 2)
+        sums = queries.new_empty(queries.shape[:-1])
+        ctx.save_for_backward(queries, keys, values, output, sums)
+        return output
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> int:
@@ -117,10 +141,6 @@ def _state_bytes(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) 
     optimizer.zero_grad(set_to_none=True)
     values = [value for state in optimizer.state.values() for value in state.values()]
     return sum(_bytes(value) for value in values if isinstance(value, Tensor))
-
-
-def _leaves(module: nn.Module) -> list[nn.Module]:
-    return [layer for layer in module.modules() if not list(layer.children())]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class Network(nn.Module):
         self.first_trained = 0
         self.norm: Literal["pretrained", "batch"] = "pretrained"
         # Convolutions run faster over channels-last memory, several times so on a CPU; others do not mind.
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
         self.set_cut("head")
 
     def set_cut(self, cut: str, norm: Literal["pretrained", "batch"] = "pretrained") -> None:

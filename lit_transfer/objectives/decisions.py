@@ -57,7 +57,8 @@ def choose_threshold(task: str, probabilities: Tensor, target: Tensor, metric: s
     """The threshold that maximises `metric` on these samples: one if binary, one per label if multilabel.
 
     Candidates are the midpoints of the distinct values among 0, the scores and 1; of equally good ones the
-    nearest to 0.5 is taken. Where the labelled samples hold one class only, it is 0.5.
+    nearest to 0.5 is taken. Where the labelled samples hold one class only, or a
+    score is NaN, it is 0.5.
 
     Args:
         task: of the dataset; None is returned where it has no threshold.
@@ -76,7 +77,7 @@ def choose_threshold(task: str, probabilities: Tensor, target: Tensor, metric: s
 
 def _best_threshold(scores: Tensor, positive: Tensor, metric: str) -> float:
     n, n_positive = len(positive), int(positive.sum())
-    if n_positive in (0, n):
+    if n_positive in (0, n) or bool(scores.isnan().any()):
         return 0.5
     scores, order = scores.double().sort()
     edges = torch.unique_consecutive(torch.cat([scores.new_zeros(1), scores, scores.new_ones(1)]))

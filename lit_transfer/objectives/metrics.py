@@ -44,9 +44,14 @@ def metrics(
         threshold: from `decisions.choose_threshold`.
     """
     probabilities, target = probabilities.detach().cpu(), target.cpu()
-    usable = bool(probabilities.isfinite().all())
     result = _BY_TASK[task](probabilities.nan_to_num(0, 0, 0), target, threshold)
-    return result if usable else dict.fromkeys(result, NAN)
+    return result if _finite(probabilities) else dict.fromkeys(result, NAN)
+
+
+def metric_names(task: str, width: int) -> tuple[str, ...]:
+    """What `metrics` gives for a task with probabilities [N, width]."""
+    target = torch.zeros(2, width) if task in ("multilabel", "regression") else torch.zeros(2, dtype=torch.long)
+    return tuple(metrics(task, torch.full((2, width), 1 / width), target))
 
 
 def per_class(
@@ -59,7 +64,11 @@ def per_class(
     as in `metrics`.
     """
     probabilities, target = probabilities.detach().cpu(), target.cpu()
-    rows = _rows(task, probabilities, target, threshold)
+    rows = _rows(task, probabilities.nan_to_num(0, 0, 0), target, threshold)
+    if not _finite(probabilities):
+        rows = [
+            {key: NAN if isinstance(value, float) else value for key, value in row.items()} for row in rows
+        ]
     return [{"name": name, **row} for name, row in zip(names, rows, strict=True)]
 
 
@@ -177,6 +186,10 @@ _BY_TASK = {
     "ordinal": _ordinal,
     "regression": _regression,
 }
+
+
+def _finite(probabilities: Tensor) -> bool:
+    return bool(probabilities.isfinite().all())
 
 
 def _share(flags: Tensor) -> float:

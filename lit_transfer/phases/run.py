@@ -12,6 +12,7 @@ How a run that was stopped goes on, in this order:
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import signal
@@ -27,6 +28,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProg
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from safetensors.torch import load_file, save
+from torch.nn.parallel import DistributedDataParallel
 
 from lit_transfer.config import Config
 from lit_transfer.config import Trainer as TrainerConfig
@@ -39,6 +41,13 @@ from lit_transfer.model.network import Network
 from lit_transfer.phases.optim import build_optimizer, set_lr
 from lit_transfer.phases.table import PhasePlan
 from lit_transfer.tracking import MetricsFile, Recorder, Run
+
+
+_SYNC_BUFFERS = (  # the same switch, renamed in torch 2.15
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 
 class StopSignal:
@@ -104,14 +113,12 @@ class PhaseResult:
 
 def ranks_of(config: TrainerConfig) -> int:
     """Ranks over all nodes, as the config asks for on this machine."""
-    devices = config.devices
-    if devices == "auto":
-        devices = max(1, torch.cuda.device_count()) if config.accelerator != "cpu" else 1
-    return devices * config.num_nodes
+    per_node = 1 if config.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    return (per_node if config.devices == "auto" else config.devices) * config.num_nodes
 
 
-def make_trainer(config: TrainerConfig, **settings: Any) -> pl.Trainer:
-    """A fresh Trainer; DDP wraps anew in each, which is what makes thawing right on several ranks.
+def check_machine(config: TrainerConfig) -> bool:
+    """Whether the run is computed on GPUs.
 
     Raises:
         UserError: a precision or an accelerator that this machine does not have.
@@ -125,11 +132,18 @@ def make_trainer(config: TrainerConfig, **settings: Any) -> pl.Trainer:
         on_gpu or config.precision != "16-mixed",
         "trainer.precision 16-mixed needs a GPU and none is visible; use bf16-mixed or 32.",
     )
+    return on_gpu
+
+
+def make_trainer(config: TrainerConfig, **settings: Any) -> pl.Trainer:
+    """A fresh Trainer; DDP wraps anew in each, which is what makes thawing right on several ranks."""
+    on_gpu = check_machine(config)
     _quiet()
     strategy: Strategy | str = "auto"
     if ranks_of(config) > 1 or config.strategy == "ddp":
         # Buffers are equal on all ranks already (frozen, or shared before each validation): see model/module.py.
-        strategy = DDPStrategy(broadcast_buffers=False)
+        unsynced: dict[str, Any] = {_SYNC_BUFFERS: False}
+        strategy = DDPStrategy(**unsynced)
     precision: Any = {"32": "32-true"}.get(config.precision, config.precision)
     return pl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",

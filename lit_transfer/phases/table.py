@@ -15,7 +15,8 @@ from typing import Any
 
 from lit_transfer.config import Config
 from lit_transfer.data.plan import steps_per_epoch
-from lit_transfer.errors import nearest, require
+from lit_transfer.errors import UserError, nearest, require
+from lit_transfer.model.stages import find_cut
 from lit_transfer.reading import parse, to_plain
 from lit_transfer.recipe import Phase
 
@@ -112,18 +113,27 @@ def resolve(config: Config, stages: Sequence[str], samples: int) -> list[PhasePl
     return [_resolve_phase(config, phase, stages, samples) for phase in expand(config)]
 
 
+def check_metrics(config: Config, phases: Sequence[Phase], names: Sequence[str]) -> None:
+    """Refuse a metric to watch that validation does not give; `names` are those of the task, without `val/`."""
+    if config.data.val is None:
+        return
+    known = ["val/loss", *(f"val/{name}" for name in names)]
+    watched = [("monitor", config.monitor)]
+    watched += [(f"phase '{phase.name}': until.metric", phase.until.metric) for phase in phases if phase.until]
+    for where, metric in watched:
+        require(
+            metric in known,
+            f"{where} '{metric}' is not a metric of this task; there are {', '.join(known)}.{nearest(metric, known)}",
+        )
+
+
 def _resolve_phase(config: Config, phase: Phase, stages: Sequence[str], samples: int) -> PhasePlan:
     cut = cut_of(phase)
     where = f"phase '{phase.name}'"
-    first = {"all": 0, "head": len(stages)}.get(cut, -1)
-    if first < 0:
-        listed = ", ".join(stages)
-        require(
-            cut in stages,
-            f"{where}: train.from '{cut}' is not a stage of {config.model.backbone}; its stages are {listed}."
-            + nearest(cut, list(stages)),
-        )
-        first = list(stages).index(cut)
+    try:
+        first = find_cut(cut, stages, config.model.backbone)
+    except UserError as error:
+        raise UserError(f"{where}: train.from {error}") from None
     groups = [Group("head", (), phase.lr)]
     if first < len(stages):
         assert phase.backbone_lr is not None, "checked by Phase"

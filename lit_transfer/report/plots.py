@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_roc
+
+from lit_transfer.files import replacing
 
 # Okabe and Ito's colours can be told apart with any colour vision; line styles double their number.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -45,18 +46,8 @@ Curve = tuple[float, str, Tensor, Tensor]
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure whole or not at all; the suffix of `path` is the format."""
-    _write(path, lambda temporary: figure.savefig(temporary))
-
-
-def _write(path: str | Path, save: Callable[[Path], None]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        save(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary)
 
 
 @STYLE
@@ -70,7 +61,7 @@ def plot_confusion(matrix: Tensor, names: Sequence[str], path: str | Path) -> No
     axes = figure.add_subplot()
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="share of the true class", fraction=0.046, pad=0.03)
-    size = 9.0 if k <= 30 else max(4.0, 300 / k)
+    size = 9.0 if k <= 30 else max(5.5, 300 / k)
     ticks = range(0, k, math.ceil(k / 120))
     shown = [_short(names[i]) for i in ticks]
     axes.set_xticks(ticks, shown, rotation=0 if k <= 4 else 90, fontsize=size)
@@ -81,7 +72,7 @@ def plot_confusion(matrix: Tensor, names: Sequence[str], path: str | Path) -> No
             colour = "white" if shares[i, j] > 0.55 else "#222222" if counts[i, j] else "#bbbbbb"
             axes.text(j, i, str(int(counts[i, j])), ha="center", va="center", color=colour, fontsize=size)
     right, total = int(counts.diagonal().sum()), int(counts.sum())
-    axes.set(xlabel="predicted", ylabel="true", title=f"{right} of {total} right")
+    axes.set(xlabel="predicted", ylabel="true", title=f"Confusion matrix: {right} of {total} right")
     save_figure(figure, path)
 
 
@@ -188,6 +179,7 @@ def plot_curves(metrics_csv: str | Path, path: str | Path) -> None:
         axes.set(xlabel="step", title=title)
         if title == "learning rate":
             axes.set_yscale("log", nonpositive="mask")
+            axes.yaxis.set_major_formatter("{x:.0e}")
         _shade_phases(axes, rows)
         for name, (colour, _) in zip(names, LOOKS, strict=False):
             points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
@@ -197,17 +189,14 @@ def plot_curves(metrics_csv: str | Path, path: str | Path) -> None:
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=4, lw=1.6, label=label)
         axes.margins(y=0.16)
         if names:
-            axes.legend()
+            axes.legend(loc="best", bbox_to_anchor=(0, 0, 1, 0.93))  # below the names of the phases
     save_figure(figure, path)
 
 
 def _shade_phases(axes: Axes, rows: Sequence[Mapping[str, str]]) -> None:
-    spans: dict[str, list[int]] = {}
-    for row in rows:
-        spans.setdefault(row["phase"], []).append(int(row["step"]))
-    starts = [min(steps) for steps in spans.values()]
-    ends = starts[1:] + [max(steps) for steps in spans.values()][-1:]
-    for i, (phase, start, end) in enumerate(zip(spans, starts, ends, strict=True)):
+    ends = {row["phase"]: int(row["step"]) for row in rows}
+    starts = [0, *ends.values()]
+    for i, ((phase, end), start) in enumerate(zip(ends.items(), starts, strict=False)):
         axes.axvspan(start, end, color=COLOURS[(i + 3) % 6], alpha=0.09, linewidth=0)
         middle, top = ((start + end) / 2, 0.98), axes.get_xaxis_transform()
         axes.text(*middle, phase, transform=top, ha="center", va="top", color="#666666")
@@ -251,10 +240,9 @@ def _plot_scatter(values: Tensor, target: Tensor, names: Sequence[str], path: st
         axes = figure.add_subplot(down, across, k + 1)
         seen = ~target[:, k].isnan()
         true, predicted = target[seen, k].numpy(), values[seen, k].numpy()
-        axes.axline((0, 0), slope=1, color="#999999", linewidth=1, linestyle=":")
-        axes.scatter(
-            true, predicted, s=14, alpha=min(1.0, max(0.1, 150 / max(1, len(true)))), color=COLOURS[0]
-        )
+        ends = [true.min(initial=np.inf), true.max(initial=-np.inf)]
+        axes.plot(ends, ends, color="#999999", linewidth=1, linestyle=":")
+        axes.scatter(true, predicted, s=14, alpha=0.5 if len(true) < 1000 else 0.15, color=COLOURS[0])
         axes.set(xlabel="true", ylabel="predicted", title=f"{_short(name)} (n = {len(true)})")
     save_figure(figure, path)
 
@@ -279,7 +267,8 @@ def contact_sheet(
             draw.text((x, y + side + 4 + row * line_height), _fit(text, font, side), "#222222", font)
     if not images:
         draw.text((margin, margin), "nothing to show", "#222222", font)
-    _write(path, lambda temporary: sheet.save(temporary))
+    with replacing(Path(path)) as temporary:
+        sheet.save(temporary)
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

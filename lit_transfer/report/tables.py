@@ -34,17 +34,19 @@ def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = 
 
 
 def summary_table(summary: Mapping[str, object]) -> str:
-    """What is printed after a run, from the flat keys of summary.json: figures by split, phases, the rest."""
+    """What is printed after a run, from the flat keys of summary.json: splits, phases, the rest."""
     groups: dict[str, dict[str, object]] = {}
     for key, value in summary.items():
         group, _, name = key.rpartition("/")
         groups.setdefault(group, {})[name] = value
     rest = groups.pop("", {})
+    for split, samples in groups.pop("samples", {}).items():
+        groups.setdefault(split, {})["samples"] = samples
     splits = [split for split in ("test", "val", "train") if split in groups]
-    speeds = [group for group in ("seconds", "images_per_s") if group in groups]
+    by_phase = [group for group in groups if group not in splits]
     blocks = [
         _block("metric", {split: groups[split] for split in splits}),
-        _block("phase", {group: groups[group] for group in speeds}),
+        _block("phase", {group: groups[group] for group in by_phase}),
         _block("run", {"value": {key: _plain(value) for key, value in rest.items()}}),
     ]
     return "\n\n".join(block for block in blocks if block)

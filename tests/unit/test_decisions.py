@@ -39,7 +39,7 @@ def test_ordinal_probabilities_are_differences_of_the_monotone_cumulative_ones()
 
 
 def test_ordinal_decision_counts_the_thresholds_passed() -> None:
-    above = torch.tensor([[0.9, 0.6, 0.2], [0.9, 0.8, 0.7], [0.3, 0.2, 0.1], [0.6, 0.4, 0.3]])
+    above = torch.tensor([[0.9, 0.55, 0.2], [0.9, 0.8, 0.7], [0.3, 0.2, 0.1], [0.6, 0.45, 0.3]])
     assert decide("ordinal", probabilities("ordinal", above.logit())).tolist() == [2, 3, 0, 1]
     # The median class, not the likeliest one: class 0 has 0.4 here, but P(y > 0) is 0.6.
     assert decide("ordinal", torch.tensor([[0.4, 0.3, 0.3]])).tolist() == [1]
@@ -84,10 +84,13 @@ def test_ties_go_to_the_candidate_nearest_one_half() -> None:
     assert choose_threshold("multiclass", p, target, "accuracy") == pytest.approx([0.75])
 
 
-def test_one_class_only_gives_one_half() -> None:
+def test_one_class_only_or_nan_gives_one_half() -> None:
     p = binary(torch.tensor([0.1, 0.9]))
     assert choose_threshold("multiclass", p, torch.tensor([1, 1]), "f1") == [0.5]
     assert choose_threshold("multiclass", p, torch.tensor([-1, -1]), "f1") == [0.5]
+    assert choose_threshold("multiclass", binary(torch.tensor([0.1, NAN])), torch.tensor([0, 1]), "f1") == [
+        0.5
+    ]
     assert choose_threshold("multiclass", p[:0], torch.tensor([0, 0])[:0], "f1") == [0.5]
 
 

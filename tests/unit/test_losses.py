@@ -125,14 +125,15 @@ def test_missing_labels_add_exactly_nothing(task: str, gamma: float) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_fp32_also_under_autocast(task: str) -> None:
+def test_half_precision_logits_give_the_fp32_loss(task: str) -> None:
     logits, target = draw(task)
     half = logits.bfloat16()
     expected, _ = loss_rows(task, half.float(), target, PLAIN, None)
-    with torch.autocast("cpu", torch.bfloat16):
-        values, counts = loss_rows(task, half, target, PLAIN, None)
-    assert values.dtype == counts.dtype == torch.float32
-    assert torch.equal(values, expected)
+    for autocast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            values, counts = loss_rows(task, half, target, PLAIN, None)
+        assert values.dtype == counts.dtype == torch.float32
+        assert torch.equal(values, expected)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -1,0 +1,300 @@
+"""`lit-transfer plan --config FILE [--section.key VALUE ...]`: print what a run would do; no GPU, no weights.
+
+--samples N   plan for N training samples where the dataset is not there yet
+--classes K   and K classes (2 by default)
+--expand      print only the phases, as a YAML list that can stand under `phases:`
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import yaml
+from torch import nn
+
+from lit_transfer.config import Augment, Config
+from lit_transfer.data.decode import Preprocessing
+from lit_transfer.data.manifest import FILE_NAME
+from lit_transfer.data.module import Samples, open_streams
+from lit_transfer.errors import UserError, require
+from lit_transfer.launch import run
+from lit_transfer.launch.options import read_config
+from lit_transfer.model.augment import settle_image
+from lit_transfer.model.backbone import build_backbone
+from lit_transfer.model.heads import build_head
+from lit_transfer.model.memory import Memory, phase_memory
+from lit_transfer.model.network import Network
+from lit_transfer.objectives.losses import check_objective, class_weights, outputs
+from lit_transfer.phases.optim import build_optimizer
+from lit_transfer.phases.run import ranks_of
+from lit_transfer.phases.table import PhasePlan, expand, resolve
+from lit_transfer.reading import to_plain
+from lit_transfer.report import table
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a plan needs to know of the data, and how to tell it."""
+
+    task: str
+    classes: tuple[str, ...]
+    samples: int
+    told: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A phase as it will run: its row of the plan, what trains, and the memory of a rank."""
+
+    plan: PhasePlan
+    trained: int
+    memory: Memory
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rate of every stage that trains, and of the head."""
+        return {stage: group.lr for group in self.plan.groups for stage in group.stages or ("head",)}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status 0, or 2 for a fault of the input."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--samples")
+    parser.add_argument("--classes")
+    parser.add_argument("--expand", action="store_true")
+    own, rest = parser.parse_known_args(argv)
+    config = read_config(rest, "lit-transfer plan", __doc__)
+    if own.expand:
+        print(expanded(config), end="")
+    else:
+        print(described(config, _count("samples", own.samples, 1), _count("classes", own.classes, 2)))
+    return 0
+
+
+def _count(name: str, text: str | None, least: int) -> int | None:
+    valid = text is None or (text.isdecimal() and int(text) >= least)
+    require(valid, f"--{name} {text} is not a whole number of at least {least}; correct it.")
+    return None if text is None else int(text)
+
+
+def expanded(config: Config) -> str:
+    """The phases as a YAML list, every setting written out."""
+    rows = [{key: value for key, value in to_plain(p).items() if value is not None} for p in expand(config)]
+    return yaml.safe_dump(rows, sort_keys=False, allow_unicode=True, width=110)
+
+
+def described(config: Config, samples: int | None = None, classes: int | None = None) -> str:
+    """The plan of a run as text. `samples` and `classes` stand for a dataset that is not there.
+
+    Raises:
+        UserError: no dataset and no `samples`, or a config that does not fit the dataset or the network.
+    """
+    dataset = read_dataset(config, samples, classes)
+    check_objective(dataset.task, config.objective)
+    backbone = build_backbone(config.model, image_size=config.image.size, device="meta", load_weights=False)
+    width = outputs(dataset.task, len(dataset.classes))
+    head = build_head(config.model.head, backbone.features, width, config.seed)
+    network = Network(backbone, head.to("meta"))
+    image, preprocessing = settle_image(config.image, backbone.image)
+    config = replace(config, image=image, phases=expand(config))
+    plans = resolve(config, backbone.stage_names, dataset.samples)
+    steps = [_step(config, network, plan, preprocessing, dataset.samples) for plan in plans]
+    blocks = [
+        f"Plan of run {config.name}, seed {config.seed}, written to {config.run_dir}",
+        dataset.told,
+        _pictures(preprocessing, config.augment),
+        _stages(config, network, steps),
+        _phases(network, steps),
+        _batches(config, steps, dataset.samples),
+        _memory(config, steps),
+    ]
+    return "\n\n".join(blocks)
+
+
+def read_dataset(config: Config, samples: int | None, classes: int | None) -> Dataset:
+    """What the manifest says if there is one, else what is assumed."""
+    place = config.data.train.manifest
+    if (Path(place) / FILE_NAME).is_file():
+        streams = open_streams(config.data, config.seed)
+        manifest = streams["train"].manifest
+        names = manifest.classes(config.data.label)
+        class_weights(config.objective, streams["train"].labels, manifest.task, names)
+        told = _streams(streams, manifest.display(config.data.label))
+        if samples or classes:
+            told += "\n--samples and --classes are not used: the dataset is there"
+        return Dataset(manifest.task, names, len(streams["train"].rows), told)
+    if samples is None:
+        raise UserError(
+            f"data.train.manifest '{place}' holds no dataset; make it with lit-transfer prepare, or plan "
+            "with --samples N (and --classes K)."
+        )
+    classes = classes or 2
+    used = math.ceil(config.data.train.fraction * samples)
+    part = "" if used == samples else f", of which data.train.fraction leaves {used:,}"
+    told = (
+        f"Data: {place} is not there yet\n"
+        f"assumed: {samples:,} training samples{part}; task multiclass, {classes} classes"
+    )
+    return Dataset("multiclass", tuple(f"class {i}" for i in range(classes)), used, told)
+
+
+def _step(
+    config: Config, network: Network, plan: PhasePlan, preprocessing: Preprocessing, samples: int
+) -> Step:
+    """What a phase trains and needs; sets the network's cut."""
+    network.set_cut(plan.cut, plan.phase.norm)
+    ranks = ranks_of(config.trainer)
+    memory = phase_memory(
+        network,
+        build_optimizer(network, plan),
+        rows=math.ceil(min(plan.phase.global_batch, samples) / ranks),
+        image_size=preprocessing.size,
+        canvas=preprocessing.canvas,
+        mixed=config.trainer.precision != "32",
+        ranks=ranks,
+    )
+    return Step(plan, _size(p for p in network.parameters() if p.requires_grad), memory)
+
+
+def _streams(streams: Mapping[str, Samples], display: Sequence[str]) -> str:
+    rows = [
+        {"stream": name, "dataset": str(samples.manifest.path), "samples": len(samples.rows)}
+        | {"unlabelled, left out": samples.unlabelled}
+        for name, samples in streams.items()
+    ]
+    train = streams["train"].manifest
+    few = ", ".join(display) if len(display) <= 6 else f"{', '.join(display[:5])}, ..."
+    what = "classes" if train.task in ("multiclass", "ordinal") else "columns"
+    return f"Data\n{_aligned(rows)}\ntask {train.task}, {len(display)} {what}: {few}"
+
+
+def _pictures(preprocessing: Preprocessing, augment: Augment) -> str:
+    p = preprocessing
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (p.mean, p.std))
+    changed = {key: value for key, value in asdict(augment).items() if value != getattr(Augment(), key)}
+    random = ", ".join(key if value is True else f"{key} {value:g}" for key, value in changed.items())
+    middle = "" if p.canvas == p.size else f", of which the middle {p.size} x {p.size} is used"
+    changes = textwrap.fill(f"training pictures change at random: {random or 'not at all'}", 100)
+    size = f"to {p.canvas} x {p.canvas} pixels ({p.fit}, {p.interpolation}){middle}"
+    return f"Pictures\n{size}\nmean {mean}; std {std}\n{changes}"
+
+
+def _stages(config: Config, network: Network, steps: Sequence[Step]) -> str:
+    backbone = network.backbone
+    counts = {
+        name: _size(parameter for _, parameter in backbone.stage_parameters(index))
+        for index, name in enumerate(backbone.stage_names)
+    }
+    counts["head"] = _size(network.head.parameters())
+    rows = [
+        {"stage": name, "parameters": count}
+        | {f"lr in {s.plan.phase.name}": f"{s.rates[name]:g}" if name in s.rates else "frozen" for s in steps}
+        for name, count in counts.items()
+    ]
+    return (
+        f"Network: {config.model.backbone}, weights {config.model.weights}\n{_aligned(rows)}\n"
+        f"{sum(counts.values()):,} parameters in all; the head reads {backbone.features:,} features"
+    )
+
+
+def _phases(network: Network, steps: Sequence[Step]) -> str:
+    total = _size(network.parameters())
+    rows = []
+    for step in steps:
+        phase, rates = step.plan.phase, {group.name: group.lr for group in step.plan.groups}
+        momentum = f", momentum {phase.momentum:g}" if phase.optimizer == "sgd" else ""
+        rows.append(
+            {
+                "phase": phase.name,
+                "trains": step.plan.cut if step.plan.cut in ("head", "all") else f"from {step.plan.cut}",
+                "parameters": step.trained,
+                "share": f"{step.trained / total:6.1%}",
+                "head lr": f"{rates['head']:g}",
+                "backbone lr": f"{rates['backbone']:g}" if "backbone" in rates else "-",
+                "schedule": phase.schedule,
+                "optimizer": f"{phase.optimizer}{momentum}",
+                "decay": f"{phase.weight_decay:g}",
+            }
+        )
+    batch = [step.plan.phase.name for step in steps if step.plan.phase.norm == "batch"]
+    note = f"\nBatchNorm uses and updates the statistics of the batch in {', '.join(batch)}" if batch else ""
+    return f"Phases\n{_aligned(rows)}{note}"
+
+
+def _batches(config: Config, steps: Sequence[Step], samples: int) -> str:
+    ranks = ranks_of(config.trainer)
+    rows = []
+    for step in steps:
+        phase, per_epoch = step.plan.phase, step.plan.steps_per_epoch
+        rows.append(
+            {
+                "phase": phase.name,
+                "global batch": phase.global_batch,
+                "rows/rank": math.ceil(phase.global_batch / ranks),
+                "last batch": samples - (per_epoch - 1) * phase.global_batch,
+                "steps/epoch": per_epoch,
+                "epochs": phase.max_epochs,
+                "steps": step.plan.max_steps,
+                "warm-up": phase.warmup_steps,
+            }
+        )
+    here = " on this machine" if config.trainer.devices == "auto" else ""
+    epochs, total = (sum(int(str(row[key])) for row in rows) for key in ("epochs", "steps"))
+    return (
+        f"Batches: {samples:,} samples an epoch, {ranks} rank{'s' if ranks > 1 else ''} "
+        f"(nodes {config.trainer.num_nodes}, devices {config.trainer.devices}{here})\n{_aligned(rows)}\n"
+        f"{epochs:,} epochs, {total:,} steps and {epochs * samples:,} pictures at most\n"
+        + "\n".join(_end(step.plan, config.monitor) for step in steps)
+    )
+
+
+def _end(plan: PhasePlan, monitor: str) -> str:
+    phase, epochs = plan.phase, plan.phase.max_epochs
+    text = f"{phase.name}: {epochs} epoch{'s' if epochs > 1 else ''}"
+    if phase.until:
+        least = f" by {phase.until.min_delta:g}" if phase.until.min_delta else ""
+        text += f", or {phase.until.patience} validations without a better {phase.until.metric}{least}"
+    return text + (f"; then back to the best {monitor}" if phase.restore_best else "")
+
+
+def _memory(config: Config, steps: Sequence[Step]) -> str:
+    titles = {"saved": "saved activations", "frozen": "frozen forward"}
+    names = [field.name for field in fields(Memory)] + ["total"]
+    rows = [
+        {"phase": step.plan.phase.name}
+        | {titles.get(name, name): getattr(step.memory, name) / 2**20 for name in names}
+        for step in steps
+    ]
+    bits = "fp32" if config.trainer.precision == "32" else f"16 bits ({config.trainer.precision})"
+    return (
+        f"Memory of a rank, in MiB: an estimate, with activations in {bits}\n{_aligned(rows)}\n"
+        "the total takes the larger of saved activations and frozen forward; not in it: gradients of\n"
+        "activations, workspaces of convolutions, the allocator's reserve, and PyTorch itself"
+    )
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _aligned(rows: Sequence[Mapping[str, object]]) -> str:
+    """A table whose numbers stand right below their heading, thousands apart, floats with one decimal."""
+    columns: dict[str, list[str]] = {}
+    for name in rows[0]:
+        cells = [row[name] for row in rows]
+        texts = [
+            c if isinstance(c, str) else f"{c:,.1f}" if isinstance(c, float) else f"{c:,}" for c in cells
+        ]
+        width = 0 if isinstance(cells[0], str) else max(map(len, [name, *texts]))
+        columns[name.rjust(width)] = [text.rjust(width) for text in texts]
+    return table([{name: texts[i] for name, texts in columns.items()} for i in range(len(rows))])
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

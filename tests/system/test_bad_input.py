@@ -1,0 +1,54 @@
+"""Bad input to `lit-transfer train`: one sentence with value, rule and remedy, exit status 2, no run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from digits import digits, tiny_config
+
+from lit_transfer.data.manifest import Manifest
+from lit_transfer.launch import main
+from lit_transfer.reading import to_yaml
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return digits(tmp_path_factory.mktemp("digits") / "data")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["--trainer.precision", "16-mixed"], "16-mixed needs a GPU"),
+        (["--trainer.precision", "16-mixed", "--trainer.accelerator", "auto"], "use bf16-mixed or 32"),
+        (["--trainer.accelerator", "gpu"], "no GPU is visible"),
+        (["--data.train.split", "trian"], "trian"),
+        (["--data.train.manifest", "nowhere"], "nowhere"),
+        (["--data.label", "color"], "parity"),
+        (["--data.worker", "1"], "Did you mean 'workers'?"),
+        (["--model.backbone", "timm/test_efficientnt"], "test_efficientnet"),
+        (["--model.weights", "file:nowhere.pth"], "nowhere.pth"),
+        (["--model.weights", "packge:x"], "package:MODULE"),
+        (["--phases.0.train", "{from: blocks.9}", "--phases.0.backbone_lr", "0.1"], "blocks.9"),
+        (["--phases.0.train", "all"], "backbone_lr"),
+        (["--phases", "{preset: freezethaw}"], "freeze_thaw"),
+        (["--phases", "{preset: freeze_thaw, thaw_from: all, head_epoch: 3}"], "Did you mean 'head_epochs'?"),
+        (["--monitor", "val/acuracy"], "Did you mean 'val/accuracy'?"),
+        (["--objective.class_weights", "[1, 2, 3]"], "class_weights"),
+        (["--objective.threshold_metric", "f2"], "threshold_metric"),
+        (["--phases.0.schedule", "warmup_cosine", "--phases.0.warmup_steps", "99"], "warmup_steps 99"),
+        (["--phases.0.until", "{metric: val/los, patience: 2}"], "val/loss"),
+    ],
+)
+def test_one_sentence_and_nothing_written(
+    manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: list[str], sentence: str
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(tiny_config(manifest, tmp_path / "runs")))
+    assert main(["train", "--config", str(file), *changes]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,132 @@
+"""A signal in the middle of an epoch, then the same command again: the result of an uninterrupted run, to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from digits import digits
+from safetensors.torch import load_file
+
+PHASES = [
+    {"name": "head", "train": "head", "max_epochs": 3, "lr": 0.01, "global_batch": 8},
+    {
+        "name": "thaw",
+        "train": {"from": "blocks.3"},
+        "max_epochs": 3,
+        "lr": 0.003,
+        "backbone_lr": 0.001,
+        "global_batch": 8,
+        "schedule": "warmup_cosine",
+        "warmup_steps": 2,
+        "restore_best": True,
+    },
+]
+TIMING = ["images_per_s", "data_wait_share"]
+
+
+def command(file: Path) -> list[str]:
+    return [sys.executable, "-m", "lit_transfer.launch.train", "--config", str(file)]
+
+
+def environment() -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")}
+    return clean | {"OMP_NUM_THREADS": "1"}
+
+
+def config(folder: Path, manifest: Path, name: str, ranks: int) -> Path:
+    streams = {split: {"manifest": str(manifest), "split": split} for split in ("train", "val", "test")}
+    plain = {
+        "name": name,
+        "runs_dir": str(folder / "runs"),
+        "data": {**streams, "workers": 0},
+        "image": {"size": 32, "crop": 0.9},
+        "augment": {"flip_h": 0.5, "rotate_degrees": 10},
+        "model": {
+            "backbone": "timm/test_efficientnet",
+            "weights": "none",
+            "head": {"hidden": [8], "dropout": 0.3},
+        },
+        "phases": PHASES,
+        "trainer": {"accelerator": "cpu", "devices": ranks, "deterministic": True, "log_every_steps": 1, "progress": False},
+        "tracking": {"wandb": "off"},
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(plain))
+    return file
+
+
+def finish(file: Path) -> str:
+    done = subprocess.run(command(file), env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def stop(file: Path, run: Path, phase: str, rows: int, number: signal.Signals) -> tuple[int, str]:
+    """Start the command, send a signal once a phase has written so many rows of its curves, and wait."""
+    process = subprocess.Popen(
+        command(file), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        metrics = run / "metrics.csv"
+        if metrics.is_file() and metrics.read_text().count(f"\n{phase},") >= rows:
+            process.send_signal(number)
+            break
+        time.sleep(0.005)
+    output, _ = process.communicate(timeout=100)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize(
+    ("phase", "rows", "number", "ranks"),
+    [
+        ("head", 5, signal.SIGINT, 1),
+        ("thaw", 5, signal.SIGTERM, 1),
+        pytest.param("head", 1, signal.SIGTERM, 1, marks=pytest.mark.full),
+        pytest.param("thaw", 8, signal.SIGINT, 1, marks=pytest.mark.full),
+        ("thaw", 4, signal.SIGTERM, 2),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_result(
+    tmp_path: Path, phase: str, rows: int, number: signal.Signals, ranks: int
+) -> None:
+    manifest = digits(tmp_path / "digits").path
+    straight, stopped = (config(tmp_path, manifest, name, ranks) for name in ("straight", "stopped"))
+    finish(straight)
+    run, reference = tmp_path / "runs" / "stopped", tmp_path / "runs" / "straight"
+
+    status, output = stop(stopped, run, phase, rows, number)
+    assert status == 130, output
+    assert "the same command continues" in output
+    assert not (run / "summary.json").exists()
+    an_epoch_was_whole = (run / "checkpoints" / phase / "last.ckpt").exists()
+    assert f"phase {phase} {'goes on' if an_epoch_was_whole else 'begins'}" in finish(stopped)
+
+    for name in ("head", "thaw"):
+        ours, theirs = (load_file(r / "checkpoints" / name / "final.safetensors") for r in (run, reference))
+        assert [key for key in ours if not ours[key].equal(theirs[key])] == []
+    curves = [pd.read_csv(r / "metrics.csv").drop(columns=TIMING) for r in (run, reference)]
+    pd.testing.assert_frame_equal(*curves, check_exact=True, check_like=True)
+
+
+def test_a_finished_run_prints_its_summary_again_and_a_changed_one_is_refused(tmp_path: Path) -> None:
+    file = config(tmp_path, digits(tmp_path / "digits").path, "once", 1)
+    first = finish(file)
+    summary = tmp_path / "runs" / "once" / "summary.json"
+    written = summary.stat().st_mtime_ns
+    assert finish(file).splitlines()[-3:] == first.splitlines()[-3:]
+    assert summary.stat().st_mtime_ns == written
+
+    changed = [*command(file), "--phases.0.lr", "0.02"]
+    done = subprocess.run(changed, env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "phases[0].lr: 0.01 -> 0.02" in done.stderr
+    assert "Traceback" not in done.stderr
