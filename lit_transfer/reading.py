@@ -170,7 +170,7 @@ def _build(hint: Any, value: Any, path: str) -> Any:
 
 
 def _fits(option: Any, value: Any) -> bool:
-    """Whether a plain value can become one option of a type; what is inside lists and mappings comes later."""
+    """Whether a plain value can become an option of a type, apart from what is inside lists and mappings."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if typing.get_origin(option) is Literal:
         return str(value) in typing.get_args(option)

@@ -114,16 +114,19 @@ def resolve(config: Config, stages: Sequence[str], samples: int) -> list[PhasePl
 
 
 def check_metrics(config: Config, phases: Sequence[Phase], names: Sequence[str]) -> None:
-    """Refuse a metric to watch that validation does not give; `names` are those of the task, without `val/`."""
+    """Refuse to watch a metric that validation does not give; `names` are the task's, without `val/`."""
     if config.data.val is None:
         return
     known = ["val/loss", *(f"val/{name}" for name in names)]
     watched = [("monitor", config.monitor)]
-    watched += [(f"phase '{phase.name}': until.metric", phase.until.metric) for phase in phases if phase.until]
+    watched += [
+        (f"phase '{phase.name}': until.metric", phase.until.metric) for phase in phases if phase.until
+    ]
     for where, metric in watched:
         require(
             metric in known,
-            f"{where} '{metric}' is not a metric of this task; there are {', '.join(known)}.{nearest(metric, known)}",
+            f"{where} '{metric}' is not a metric of this task; there are {', '.join(known)}."
+            + nearest(metric, known),
         )
 
 

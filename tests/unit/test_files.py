@@ -14,7 +14,7 @@ def test_a_file_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
     with replacing(path) as temporary:
         temporary.write_text("half")
         assert not path.exists() and temporary.parent == path.parent and temporary.suffix == ".txt"
-    assert path.read_text() == "half" and os.listdir(path.parent) == ["a.txt"]
+    assert path.read_text() == "half" and list(path.parent.iterdir()) == [path]
 
 
 def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
@@ -23,13 +23,22 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
         temporary.write_text("half")
         raise ZeroDivisionError
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_who_reads_the_old_file_goes_on_reading_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with path.open() as reader:
+        write_text(path, "new, and longer")
+        assert reader.read() == "old"
+    assert path.read_text() == "new, and longer"
 
 
 def test_a_failure_before_anything_is_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), replacing(tmp_path / "a.txt"):
         raise ZeroDivisionError
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +51,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_text(path, "new")
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_text_is_utf8(tmp_path: Path) -> None:

@@ -115,15 +115,17 @@ def test_what_is_frozen_again_has_no_gradient_left() -> None:
 
 def test_the_graph_ends_at_the_cut() -> None:
     net = network()
-    seen: dict[str, bool] = {}
+    seen: dict[str, tuple[bool, bool]] = {}
     for stage, cut in (("conv_stem", "blocks.1"), ("blocks.1", "blocks.1")):
         net.set_cut(cut)
         hook = net.backbone.net.get_submodule(stage).register_forward_hook(
-            lambda _module, _inputs, output, stage=stage: seen.update({stage: output.requires_grad})
+            lambda _module, _inputs, output, stage=stage: seen.update(
+                {stage: (torch.is_grad_enabled(), output.requires_grad)}
+            )
         )
         net.train()(images())
         hook.remove()
-    assert seen == {"conv_stem": False, "blocks.1": True}
+    assert seen == {"conv_stem": (False, False), "blocks.1": (True, True)}
 
 
 def test_every_cut_gives_the_same_logits() -> None:

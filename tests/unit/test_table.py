@@ -11,6 +11,7 @@ from lit_transfer.config import Config
 from lit_transfer.errors import UserError
 from lit_transfer.phases.table import (
     Group,
+    check_metrics,
     cut_of,
     differences,
     expand,
@@ -144,6 +145,19 @@ def test_rules_that_need_the_stages_or_the_data(
     with pytest.raises(UserError, match=re.escape(said)) as caught:
         resolve(config([row], **sections), STAGES, samples=17)
     assert "\n" not in str(caught.value)
+
+
+def test_a_metric_to_watch_must_be_one_of_the_task() -> None:
+    row = phase(until={"metric": "val/f1", "patience": 1})
+    settings = config([row], monitor="val/accuracy")
+    check_metrics(settings, expand(settings), ["accuracy", "f1"])
+    check_metrics(config([phase()]), [], [])  # val/loss is always there
+    with pytest.raises(
+        UserError, match=r"^monitor 'val/accuracy' is not a metric of this task; there are val/loss, "
+    ):
+        check_metrics(settings, expand(settings), ["f1"])
+    with pytest.raises(UserError, match=r"phase 'a': until\.metric 'val/f1' is not a metric .*'val/f2'"):
+        check_metrics(settings, expand(settings), ["accuracy", "f2"])
 
 
 def test_a_wrong_stage_lists_the_stages_and_the_nearest() -> None:

@@ -62,7 +62,7 @@ def test_values_of_one_step_share_a_row_and_new_metrics_add_columns(tmp_path: Pa
         {"phase": "head", "epoch": "0", "step": "2", "train/loss": "0.25", "val/loss": "0.333333"},
         {"phase": "thaw", "epoch": "1", "step": "3", "train/loss": "nan", "val/loss": ""},
     ]
-    assert os.listdir(tmp_path) == ["metrics.csv"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_file_is_whole_after_every_call(tmp_path: Path) -> None:
