@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from lit_transfer.config import Config
 from lit_transfer.data.module import ImageData
 from lit_transfer.files import write_json
 from lit_transfer.launch.train import prepare_job
@@ -29,7 +30,6 @@ from lit_transfer.phases.run import Job, run_phases
 from lit_transfer.phases.table import PhasePlan
 from lit_transfer.reading import override, parse, read_yaml
 from lit_transfer.tracking import ENVIRONMENT
-from lit_transfer.config import Config
 
 PHASES = {
     "frozen": {"train": "head", "lr": 1e-3},
@@ -41,7 +41,10 @@ def job_of(phase: str, fraction: float, folder: Path) -> tuple[Job, list[PhasePl
     """One epoch of one phase of the quickstart, without validation, in a fresh run directory."""
     plain = read_yaml(Path("configs/quickstart.yaml").read_text())
     plain["phases"] = [{"name": phase, "max_epochs": 1, "global_batch": 32, **PHASES[phase]}]
-    plain["data"] = {"train": plain["data"]["train"] | {"fraction": fraction}, "workers": plain["data"]["workers"]}
+    plain["data"] = {
+        "train": plain["data"]["train"] | {"fraction": fraction},
+        "workers": plain["data"]["workers"],
+    }
     changes = ["--runs_dir", str(folder), "--trainer.progress", "false", "--tracking.wandb", "off"]
     os.environ.pop(ENVIRONMENT, None)
     return prepare_job(parse(Config, override(plain, changes)))
@@ -59,7 +62,12 @@ def loop_speed(job: Job, plan: PhasePlan, network: Network) -> float:
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     data = ImageData(
-        job.streams, job.preprocessing, seed=0, global_batch=32, first_epoch=0, workers=job.config.data.workers
+        job.streams,
+        job.preprocessing,
+        seed=0,
+        global_batch=32,
+        first_epoch=0,
+        workers=job.config.data.workers,
     )
     loader = data.train_dataloader()
     start, images = time.perf_counter(), 0
@@ -91,7 +99,10 @@ def compare(phase: str, pairs: int, fraction: float) -> dict[str, object]:
             ratios.append(loop / trainer)
             speeds["trainer"].append(trainer)
             speeds["loop"].append(loop)
-            print(f"{phase} pair {pair}: trainer {trainer:.1f}, loop {loop:.1f} images/s, ratio {loop / trainer:.3f}", flush=True)
+            print(
+                f"{phase} pair {pair}: trainer {trainer:.1f}, loop {loop:.1f} images/s, ratio {loop / trainer:.3f}",
+                flush=True,
+            )
     return {
         "ratio_median": statistics.median(ratios),
         "ratios": ratios,

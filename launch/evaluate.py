@@ -25,16 +25,12 @@ from lit_transfer.report import table
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="lit-transfer evaluate", description=__doc__)
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="directory of a finished run")
-    parser.add_argument(
-        "--split", metavar="NAME", help="stream of the run, or split; default: test, else val"
-    )
+    parser.add_argument("--split", metavar="NAME", help="stream of the run, or split; default: test, else val")
     parser.add_argument("--manifest", metavar="DIR", help="another dataset with the run's task and classes")
     parser.add_argument("--by", metavar="COLUMN", help="also for each value of this metadata column")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: report/ in the run")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="loader processes a rank; default: the run's"
-    )
+    parser.add_argument("--workers", type=int, metavar="N", help="loader processes a rank; default: the run's")
     parser.add_argument("--batch", type=int, metavar="N", help="samples per step, over all ranks")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="ranks; default: 1")
     parser.add_argument("--precision", choices=("32", "bf16-mixed", "16-mixed"), help="default: the run's")

@@ -144,9 +144,7 @@ def read_dataset(config: Config, samples: int | None, classes: int | None) -> Da
     return Dataset("multiclass", tuple(f"class {i}" for i in range(classes)), used, told)
 
 
-def _step(
-    config: Config, network: Network, plan: PhasePlan, preprocessing: Preprocessing, samples: int
-) -> Step:
+def _step(config: Config, network: Network, plan: PhasePlan, preprocessing: Preprocessing, samples: int) -> Step:
     """What a phase trains and needs; sets the network's cut."""
     network.set_cut(plan.cut, plan.phase.norm)
     ranks = ranks_of(config.trainer)
@@ -267,8 +265,7 @@ def _memory(config: Config, steps: Sequence[Step]) -> str:
     titles = {"saved": "saved activations", "frozen": "frozen forward"}
     names = [field.name for field in fields(Memory)] + ["total"]
     rows = [
-        {"phase": step.plan.phase.name}
-        | {titles.get(name, name): getattr(step.memory, name) / 2**20 for name in names}
+        {"phase": step.plan.phase.name} | {titles.get(name, name): getattr(step.memory, name) / 2**20 for name in names}
         for step in steps
     ]
     bits = "fp32" if config.trainer.precision == "32" else f"16 bits ({config.trainer.precision})"
@@ -288,9 +285,7 @@ def _aligned(rows: Sequence[Mapping[str, object]]) -> str:
     columns: dict[str, list[str]] = {}
     for name in rows[0]:
         cells = [row[name] for row in rows]
-        texts = [
-            c if isinstance(c, str) else f"{c:,.1f}" if isinstance(c, float) else f"{c:,}" for c in cells
-        ]
+        texts = [c if isinstance(c, str) else f"{c:,.1f}" if isinstance(c, float) else f"{c:,}" for c in cells]
         width = 0 if isinstance(cells[0], str) else max(map(len, [name, *texts]))
         columns[name.rjust(width)] = [text.rjust(width) for text in texts]
     return table([{name: texts[i] for name, texts in columns.items()} for i in range(len(rows))])

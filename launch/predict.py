@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_transfer.data.decode import EXTENSIONS, DecodeError
-from lit_transfer.data.names import natural_key
+from lit_transfer.data.packing.names import natural_key
 from lit_transfer.errors import require
 from lit_transfer.files import write_text
 from lit_transfer.launch import run as run_verb
@@ -46,9 +46,7 @@ class Row:
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="lit-transfer predict", description=__doc__)
-    parser.add_argument(
-        "--run", required=True, type=Path, metavar="DIR", help="finished run, or its model folder"
-    )
+    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="finished run, or its model folder")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder (with all below) or pattern")
     parser.add_argument("--top", type=int, default=3, metavar="K", help="names per picture; default: 3")
     parser.add_argument("--format", choices=tuple(WRITERS), default="table")
@@ -149,18 +147,14 @@ def as_csv(found: Sequence[Row], model: TransferModel, top: int) -> str:
     file = io.StringIO()
     regression = model.task == "regression"
     places = range(1, min(top, len(model.display)) + 1)
-    scores = (
-        list(model.display) if regression else [c for k in places for c in (f"name_{k}", f"probability_{k}")]
-    )
+    scores = list(model.display) if regression else [c for k in places for c in (f"name_{k}", f"probability_{k}")]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["image", *([] if regression else ["prediction"]), *scores, "ms", "error"])
     for row in found:
         said: list[object] = [""] * (len(scores) + (not regression))
         if row.prediction:
             pairs = _top(row.prediction, model, top)
-            values = (
-                [value for _, value in pairs] if regression else [cell for pair in pairs for cell in pair]
-            )
+            values = [value for _, value in pairs] if regression else [cell for pair in pairs for cell in pair]
             said = [*([] if regression else ["; ".join(row.prediction.decision)]), *values]
         writer.writerow([row.image, *said, "" if row.ms is None else f"{row.ms:.3f}", row.error or ""])
     return file.getvalue()

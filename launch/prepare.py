@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from lit_transfer.data.items import Pack
-from lit_transfer.data.pack import Packed, pack
+from lit_transfer.data.packing.items import Pack
+from lit_transfer.data.packing.pack import Packed, pack
 from lit_transfer.errors import require
 from lit_transfer.launch import run
 from lit_transfer.reading import load, override, parse
@@ -43,16 +43,12 @@ def read_settings(argv: Sequence[str]) -> Pack:
 def summary(packed: Packed, seconds: float) -> str:
     """A few lines on what the dataset holds and what deserves a look."""
     manifest = packed.manifest
-    lines = [
-        f"already packed: {manifest.path}" if packed.reused else f"packed {manifest.path} in {seconds:.1f} s"
-    ]
+    lines = [f"already packed: {manifest.path}" if packed.reused else f"packed {manifest.path} in {seconds:.1f} s"]
     lines.append(f"  task      {manifest.task}")
     for label in manifest.labels:
         lines.append(f"  label     {label.name}" + (f": {_short(label.display)}" if label.classes else ""))
     lines.append("  samples   " + ", ".join(f"{split} {count}" for split, count in manifest.splits.items()))
-    lines.append(
-        f"  shards    {len(manifest.shards)}, {sum(s.bytes for s in manifest.shards) / 2**20:.1f} MiB"
-    )
+    lines.append(f"  shards    {len(manifest.shards)}, {sum(s.bytes for s in manifest.shards) / 2**20:.1f} MiB")
     lines.append(f"  rejected  {packed.rejected}" + (" (see rejected.csv)" if packed.rejected else ""))
     if packed.ignored:
         lines.append(f"  ignored   {packed.ignored} files that are no pictures")

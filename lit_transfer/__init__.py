@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from lit_transfer.data.decode import DecodeError as DecodeError
     from lit_transfer.data.decode import Preprocessing as Preprocessing
     from lit_transfer.data.decode import decode as decode
-    from lit_transfer.data.items import Pack as Pack
     from lit_transfer.data.manifest import Manifest as Manifest
-    from lit_transfer.data.pack import pack as pack
+    from lit_transfer.data.packing.items import Pack as Pack
+    from lit_transfer.data.packing.pack import pack as pack
     from lit_transfer.errors import UserError as UserError
     from lit_transfer.model.backbone import Backbone as Backbone
     from lit_transfer.model.backbone import build_backbone as build_backbone
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Config": "config",
     "UserError": "errors",
-    "Pack": "data.items",
-    "pack": "data.pack",
+    "Pack": "data.packing.items",
+    "pack": "data.packing.pack",
     "Manifest": "data.manifest",
     "Preprocessing": "data.decode",
     "DecodeError": "data.decode",

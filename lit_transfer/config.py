@@ -228,9 +228,7 @@ class Config:
             0 <= self.seed < 2**63,
             f"seed {self.seed} is outside [0, 2^63).",
         )
-        require(
-            self.monitor.startswith("val/"), f"monitor '{self.monitor}' must be a validation metric: val/..."
-        )
+        require(self.monitor.startswith("val/"), f"monitor '{self.monitor}' must be a validation metric: val/...")
         if isinstance(self.phases, list):
             names = [phase.name for phase in self.phases]
             require(bool(names), "phases is empty; give at least one phase, or a preset.")

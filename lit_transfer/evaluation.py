@@ -18,7 +18,7 @@ from lit_transfer.config import Config
 from lit_transfer.config import Trainer as TrainerConfig
 from lit_transfer.data.decode import Preprocessing, open_rgb
 from lit_transfer.data.module import Samples
-from lit_transfer.data.names import natural_key
+from lit_transfer.data.packing.names import natural_key
 from lit_transfer.data.store import ShardReader
 from lit_transfer.errors import nearest, require
 from lit_transfer.files import write_json
@@ -159,9 +159,7 @@ def write_report(folder: Path, evaluation: Evaluation, figures: dict[str, Any], 
         plot_confusion(confusion(task, said, targets, threshold), names, pictures[-1])
     if task in ("multiclass", "multilabel"):
         pictures.append(folder / "roc.png")
-        plot_roc(
-            said, targets, names, pictures[-1], threshold[0] if threshold and task == "multiclass" else None
-        )
+        plot_roc(said, targets, names, pictures[-1], threshold[0] if threshold and task == "multiclass" else None)
     if task in ("multilabel", "regression"):
         pictures.append(folder / "predictions.png")
         plot_predictions(task, said, targets, names, pictures[-1])
@@ -176,9 +174,7 @@ def write_report(folder: Path, evaluation: Evaluation, figures: dict[str, Any], 
 def write_mistakes(evaluation: Evaluation, path: Path) -> None:
     """The pictures of the worst mistakes on one sheet, the worst first, with true and predicted names."""
     worst, column = evaluation.badness().max(dim=1)
-    order = [
-        i for i in worst.argsort(descending=True, stable=True).tolist()[:MISTAKES] if worst[i] > -math.inf
-    ]
+    order = [i for i in worst.argsort(descending=True, stable=True).tolist()[:MISTAKES] if worst[i] > -math.inf]
     reader = ShardReader(evaluation.samples.manifest)
     images = [open_rgb(reader.read(int(evaluation.predictions.rows[i]))) for i in order]
     contact_sheet(images, [evaluation.caption(i, int(column[i])) for i in order], path)
@@ -198,9 +194,7 @@ def conclude(job: Job, results: Sequence[PhaseResult]) -> dict[str, Any]:
     if not dist.is_initialized() or dist.get_rank() == 0:
         save_portable(job.run.folder / "model", job.network, _description(job, threshold, figures))
         pictures = {
-            split: write_report(
-                job.run.folder / "report" / split, e, e.figures(), job.run.folder / "metrics.csv"
-            )
+            split: write_report(job.run.folder / "report" / split, e, e.figures(), job.run.folder / "metrics.csv")
             for split, e in evaluations.items()
         }
         _send(job, summary, pictures)

@@ -37,9 +37,7 @@ class _YamlLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.YAMLError(
-                        f"line {key.start_mark.line + 1} repeats the key '{key.value}'; remove one."
-                    )
+                    raise yaml.YAMLError(f"line {key.start_mark.line + 1} repeats the key '{key.value}'; remove one.")
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -51,9 +49,7 @@ class _YamlDumper(yaml.SafeDumper):
 _YamlLoader.yaml_implicit_resolvers = {}
 for _tag, (_pattern, _first) in _SCALARS.items():
     for _class in (_YamlLoader, _YamlDumper):
-        _class.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), [*_first, ""]
-        )
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), [*_first, ""])
 
 
 def read_yaml(text: str) -> Any:
@@ -90,9 +86,7 @@ def override(plain: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
     pending = list(arguments)
     while pending:
         flag = pending.pop(0)
-        require(
-            flag.startswith("--"), f"'{flag}' is not an option; overrides are written --section.key VALUE."
-        )
+        require(flag.startswith("--"), f"'{flag}' is not an option; overrides are written --section.key VALUE.")
         key, equals, text = flag[2:].partition("=")
         if not equals:
             require(bool(pending), f"--{key} has no value; write --{key} VALUE.")

@@ -23,9 +23,7 @@ class Head:
     dropout: float | list[float] = 0.0
 
     def __post_init__(self) -> None:
-        require(
-            all(width > 0 for width in self.hidden), f"model.head.hidden {self.hidden} has a width under 1."
-        )
+        require(all(width > 0 for width in self.hidden), f"model.head.hidden {self.hidden} has a width under 1.")
         rates = self.dropout if isinstance(self.dropout, list) else [self.dropout]
         require(all(0 <= rate < 1 for rate in rates), f"model.head.dropout {self.dropout} is outside [0, 1).")
         places = max(1, len(self.hidden))
@@ -160,9 +158,7 @@ class Phase:
 
     def __post_init__(self) -> None:
         where = f"phase '{self.name}'"
-        require(
-            bool(re.fullmatch(r"[A-Za-z0-9_-]+", self.name)), f"{where}: a name has letters, digits, _ and -."
-        )
+        require(bool(re.fullmatch(r"[A-Za-z0-9_-]+", self.name)), f"{where}: a name has letters, digits, _ and -.")
         named = isinstance(self.train, str) and self.train in ("head", "all")
         from_stage = isinstance(self.train, dict) and set(self.train) == {"from"}
         require(named or from_stage, f"{where}: train {self.train!r} is not head, all or {{from: STAGE}}.")

@@ -34,15 +34,9 @@ def commit() -> str | None:
     folder = Path(__file__).parent
     try:
         git = ["git", "-C", str(folder)]
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        tracked = subprocess.run(
-            [*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False
-        )
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
+        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     if tracked.returncode:  # installed inside somebody else's repository
@@ -135,9 +129,7 @@ class MetricsFile:
     def drop_after(self, phase: str, step: int, finished: list[str]) -> None:
         """Forget rows that a resumed run will write again: of `phase` after `step`, and of later phases."""
         kept = [
-            row
-            for row in self.rows
-            if row["phase"] in finished or (row["phase"] == phase and int(row["step"]) <= step)
+            row for row in self.rows if row["phase"] in finished or (row["phase"] == phase and int(row["step"]) <= step)
         ]
         if len(kept) < len(self.rows):
             self.rows = kept
@@ -159,9 +151,7 @@ class MetricsFile:
             self._rewrite()
 
     def _rewrite(self) -> None:
-        self._columns = list(
-            dict.fromkeys([*self.KEYS, *self._columns, *(name for row in self.rows for name in row)])
-        )
+        self._columns = list(dict.fromkeys([*self.KEYS, *self._columns, *(name for row in self.rows for name in row)]))
         with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
@@ -278,9 +268,7 @@ class Recorder(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the metrics of a validation."""
-        values = {
-            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")
-        }
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         self._write(trainer, values)
 
     def _write(self, trainer: pl.Trainer, values: dict[str, float]) -> None:

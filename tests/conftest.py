@@ -20,7 +20,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return "large matrices: all" if config.getoption("--full") else f"large matrices: sampled by {SEED}={os.environ[SEED]}"
+    return (
+        "large matrices: all" if config.getoption("--full") else f"large matrices: sampled by {SEED}={os.environ[SEED]}"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

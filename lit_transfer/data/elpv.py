@@ -42,7 +42,5 @@ def elpv() -> Elpv:
     """The installed data set; `UserError` where the package is missing."""
     found = importlib.util.find_spec("elpv_dataset")
     if found is None or found.origin is None:
-        raise UserError(
-            "the package elpv-dataset is not installed; install it with `pip install lit_transfer[demo]`."
-        )
+        raise UserError("the package elpv-dataset is not installed; install it with `pip install lit_transfer[demo]`.")
     return Elpv(Path(found.origin).parent / "data")

@@ -186,8 +186,7 @@ class Manifest:
         names = [label.name for label in self.labels]
         require(
             name is None or name in names,
-            f"dataset '{self.path}' has no label '{name}'; it has {', '.join(names)}."
-            + nearest(name or "", names),
+            f"dataset '{self.path}' has no label '{name}'; it has {', '.join(names)}." + nearest(name or "", names),
         )
         return tuple(label for label in self.labels if name in (None, label.name))
 
@@ -205,9 +204,7 @@ class Manifest:
                 + "; pack the dataset anew.",
             )
         extra = [name for name in found if name not in expected and not name.startswith("meta.")]
-        require(
-            not extra, f"'{self.path / FILE_NAME}': unknown column {', '.join(extra)}; pack the dataset anew."
-        )
+        require(not extra, f"'{self.path / FILE_NAME}': unknown column {', '.join(extra)}; pack the dataset anew.")
 
 
 def compute_digest(table: pa.Table, task: str, labels: Sequence[Label], shards: Sequence[Shard]) -> str:
@@ -278,9 +275,7 @@ def _read_table(file: Path) -> pa.Table:
 def _read_header(file: Path, table: pa.Table) -> dict[str, Any]:
     text = (table.schema.metadata or {}).get(_HEADER_KEY)
     if text is None:
-        raise UserError(
-            f"'{file}' was not written by lit_transfer; give a folder that `lit-transfer prepare` wrote."
-        )
+        raise UserError(f"'{file}' was not written by lit_transfer; give a folder that `lit-transfer prepare` wrote.")
     header = json.loads(text)
     require(
         header.get("format") == FORMAT,

@@ -67,9 +67,7 @@ def open_stream(stream: Stream, label: str | None, seed: int) -> Samples:
     known = targets[rows] >= 0 if targets.ndim == 1 else ~np.isnan(targets[rows]).all(axis=1)
     labelled = rows[known]
     require(len(labelled) > 0, f"no sample of split '{stream.split}' of {stream.manifest} has a label.")
-    keep = plan.shuffled(labelled, manifest.digest, seed, "fraction")[
-        : max(1, round(stream.fraction * len(labelled)))
-    ]
+    keep = plan.shuffled(labelled, manifest.digest, seed, "fraction")[: max(1, round(stream.fraction * len(labelled)))]
     weights = manifest.table["weight"].to_numpy()
     return Samples(manifest, np.sort(keep), targets, weights, len(rows) - len(labelled))
 
@@ -77,19 +75,13 @@ def open_stream(stream: Stream, label: str | None, seed: int) -> Samples:
 def open_streams(data: Data, seed: int) -> dict[str, Samples]:
     """Open `train`, and `val` and `test` where given; all must have the task and classes of `train`."""
     named = {"train": data.train, "val": data.val, "test": data.test}
-    streams = {
-        name: open_stream(stream, data.label, seed) for name, stream in named.items() if stream is not None
-    }
+    streams = {name: open_stream(stream, data.label, seed) for name, stream in named.items() if stream is not None}
     for name, samples in streams.items():
-        check_same_labels(
-            f"data.{name}", samples.manifest, "data.train", streams["train"].manifest, data.label
-        )
+        check_same_labels(f"data.{name}", samples.manifest, "data.train", streams["train"].manifest, data.label)
     return streams
 
 
-def check_same_labels(
-    name: str, manifest: Manifest, other: str, expected: Manifest, label: str | None
-) -> None:
+def check_same_labels(name: str, manifest: Manifest, other: str, expected: Manifest, label: str | None) -> None:
     """Refuse a dataset whose task, label columns or classes are not those of another."""
     require(
         manifest.task == expected.task,
@@ -141,9 +133,7 @@ class SampleDataset(Dataset[dict[str, Tensor]]):
             return decode(self.reader.read(row), self.preprocessing)
         except DecodeError as error:
             key = self.samples.manifest.table["key"][row].as_py()
-            raise UserError(
-                f"sample {key} of {self.samples.manifest.path} cannot be decoded: {error}"
-            ) from error
+            raise UserError(f"sample {key} of {self.samples.manifest.path} cannot be decoded: {error}") from error
 
 
 class PlanSampler(Sampler[plan.Batch]):
@@ -178,9 +168,7 @@ class PlanSampler(Sampler[plan.Batch]):
         if self.seed is not None:
             order = plan.shuffled(order, self.samples.manifest.digest, self.seed, self.epoch)
         for step in range(len(self)):
-            yield plan.Batch(
-                self.epoch, plan.rank_slice(order, step, self.global_batch, self.rank, self.ranks)
-            )
+            yield plan.Batch(self.epoch, plan.rank_slice(order, step, self.global_batch, self.rank, self.ranks))
 
 
 def loader(dataset: SampleDataset, sampler: PlanSampler, workers: int) -> DataLoader[dict[str, Tensor]]:
@@ -224,9 +212,7 @@ class ImageData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Shuffled batches of `train`; every rank must call it."""
         dataset = SampleDataset(self.streams["train"], self.preprocessing, self.seed)
-        return loader(
-            dataset, self._sampler("train", seed=self.seed, first_epoch=self.first_epoch), self.workers
-        )
+        return loader(dataset, self._sampler("train", seed=self.seed, first_epoch=self.first_epoch), self.workers)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
         """Batches of `val` in the order of the manifest, or none; every rank must call it."""

@@ -212,9 +212,7 @@ def _end_in_vector(network: Built, last: int, image: Tensor, model: Model) -> tu
     return _extended(stages, end), output.shape[1]
 
 
-def _pooling(
-    net: nn.Module, output: Tensor, model: Model
-) -> tuple[Callable[[nn.Module, Tensor], Tensor], ...]:
+def _pooling(net: nn.Module, output: Tensor, model: Model) -> tuple[Callable[[nn.Module, Tensor], Tensor], ...]:
     """What turns the last stage's output into a vector."""
     if output.ndim == 2:
         require(

@@ -51,9 +51,7 @@ def _names(plain: Mapping[str, Any]) -> str:
     if len(thresholds) == 1 and plain["task"] == "multiclass":
         note = f"\n\n{named[1][1]} is said from a probability of {thresholds[0]:.4g}, chosen on validation."
     elif thresholds:
-        listed = ", ".join(
-            f"{shown} {value:.4g}" for (_, shown), value in zip(named, thresholds, strict=True)
-        )
+        listed = ", ".join(f"{shown} {value:.4g}" for (_, shown), value in zip(named, thresholds, strict=True))
         note = f"\n\nA label applies from these probabilities, chosen on the validation split: {listed}."
     return head + "\n".join(rows) + note
 
@@ -67,9 +65,7 @@ def _figures(metrics: Mapping[str, float]) -> str:
     rows = [(name, value) for name, value in metrics.items() if name.startswith(f"{split}/")]
     if not rows:
         return "It was measured on no held-out split."
-    told = (
-        "the held-out test split" if split == "test" else "the validation split, on which it was also chosen"
-    )
+    told = "the held-out test split" if split == "test" else "the validation split, on which it was also chosen"
     lines = [f"| {name.partition('/')[2].replace('_', ' ')} | {_number(value)} |" for name, value in rows]
     return f"On {told}:\n\n| figure | value |\n|---|---:|\n" + "\n".join(lines)
 

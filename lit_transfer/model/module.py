@@ -116,9 +116,7 @@ class TransferModule(pl.LightningModule):
             images = train_input(batch["image"], batch["uniform"], self.augment, self.preprocessing)
         values, counts = self._loss(self(images), batch)
         total, count = values.sum(), counts.sum()
-        shared = self._all_reduce(
-            torch.stack([total.detach(), count, count.new_tensor(float(self.stop_requested()))])
-        )
+        shared = self._all_reduce(torch.stack([total.detach(), count, count.new_tensor(float(self.stop_requested()))]))
         self.train_loss = float(shared[0] / shared[1].clamp(min=1))
         if shared[2] > 0:
             raise Stopped
@@ -160,9 +158,7 @@ class TransferModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Gather all ranks' rows, set `predictions` and log `val/...`; every rank must call it."""
-        rows = {
-            name: self._gather(torch.cat([r[name] for r in self._eval_rows])) for name in self._eval_rows[0]
-        }
+        rows = {name: self._gather(torch.cat([r[name] for r in self._eval_rows])) for name in self._eval_rows[0]}
         order = torch.argsort(rows["row"])
         order = order[rows["row"][order] != PADDING]
         rows = {name: tensor[order] for name, tensor in rows.items()}

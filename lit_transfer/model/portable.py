@@ -220,8 +220,7 @@ def _read_description(folder: Path, path: str | Path) -> Description:
         version = plain["format"]
         require(
             version == FORMAT,
-            f"{file} has format {version}, this version reads {FORMAT}; "
-            "use the version of lit_transfer that wrote it.",
+            f"{file} has format {version}, this version reads {FORMAT}; use the version of lit_transfer that wrote it.",
         )
         return Description.from_plain(plain)
     except (ValueError, KeyError, TypeError, AssertionError) as error:

@@ -49,9 +49,7 @@ class Built:
     source: weights.Source | None = None
 
 
-def build_net(
-    model: Model, *, image_size: int | None = None, device: str = "cpu", load_weights: bool = True
-) -> Built:
+def build_net(model: Model, *, image_size: int | None = None, device: str = "cpu", load_weights: bool = True) -> Built:
     """Build the whole network and load its weights, its own classifier included where the file has it.
 
     Args:
@@ -69,9 +67,7 @@ def build_net(
         changed = [key for key, default in _MATCHING.items() if getattr(model, key) != default]
         told = f"model.{' and model.'.join(changed)}: only weights file:, package: and run: take it"
         require(not changed, f"{told}; remove it, or name another model.weights.")
-    kind, _, name = model.backbone.partition(
-        "/" if model.backbone.startswith(("timm/", "torchvision/")) else ":"
-    )
+    kind, _, name = model.backbone.partition("/" if model.backbone.startswith(("timm/", "torchvision/")) else ":")
     kinds = "timm/NAME, torchvision/NAME, hf-hub:REPO, local-dir:DIR or module:callable"
     require(bool(name), f"model.backbone '{model.backbone}' is not {kinds}.")
     if kind == "torchvision":
@@ -98,9 +94,7 @@ def _removed(network: Built, model: Model) -> tuple[str, ...]:
         return ()
     keep = names.index(model.last_stage) + 1
     tensors = [name for name in tensor_names(network.net) if not starts_with(name, network.classifier)]
-    return tuple(
-        name for name, i in owners(tensors, network.table.stages, model.backbone).items() if i >= keep
-    )
+    return tuple(name for name, i in owners(tensors, network.table.stages, model.backbone).items() if i >= keep)
 
 
 def tensor_names(net: nn.Module) -> list[str]:
@@ -229,8 +223,7 @@ def _from_callable(module: str, name: str, device: str, pretrained: bool) -> Bui
     where = f"model.backbone '{module}:{name}'"
     require(
         not pretrained,
-        f"model.weights pretrained has no meaning for {where}; use none (the callable may load its own), or "
-        "file:PATH.",
+        f"model.weights pretrained has no meaning for {where}; use none (the callable may load its own), or file:PATH.",
     )
     try:
         build = getattr(importlib.import_module(module), name)

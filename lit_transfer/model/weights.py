@@ -203,9 +203,7 @@ def _pair_by_order(
     return dict(zip(names, tensors.values(), strict=True))
 
 
-def _resample_positions(
-    net: nn.Module, tensors: dict[str, Tensor], target: Mapping[str, Tensor], path: Path
-) -> None:
+def _resample_positions(net: nn.Module, tensors: dict[str, Tensor], target: Mapping[str, Tensor], path: Path) -> None:
     """Interpolate the file's position embedding to the network's grid; mutates `tensors`."""
     grid = getattr(getattr(net, "patch_embed", None), "grid_size", None)
     require(
@@ -217,9 +215,7 @@ def _resample_positions(
         tensors["pos_embed"] = resample_abs_pos_embed(tensors["pos_embed"], grid, num_prefix_tokens=prefix)
 
 
-def _compare(
-    tensors: Mapping[str, Tensor], target: Mapping[str, Tensor], path: Path, optional: Sequence[str]
-) -> None:
+def _compare(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor], path: Path, optional: Sequence[str]) -> None:
     missing = [name for name in target if name not in tensors and not starts_with(name, optional)]
     unexpected = [name for name in tensors if name not in target]
     shapes = [

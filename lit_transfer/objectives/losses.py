@@ -33,8 +33,7 @@ def check_objective(task: str, objective: Objective) -> None:
     )
     require(
         o.focal_gamma == 0 or task in ("multiclass", "multilabel"),
-        f"objective.focal_gamma {o.focal_gamma} is for multiclass and multilabel, this task is {task}; "
-        "set it to 0.",
+        f"objective.focal_gamma {o.focal_gamma} is for multiclass and multilabel, this task is {task}; set it to 0.",
     )
     require(
         o.focal_gamma == 0 or o.label_smoothing == 0,
@@ -129,9 +128,7 @@ def loss_rows(
 
 def _multiclass(logits: Tensor, target: Tensor, objective: Objective, weights: Tensor | None) -> Tensor:
     smoothing = objective.label_smoothing
-    values = F.cross_entropy(
-        logits, target, weights, ignore_index=-1, reduction="none", label_smoothing=smoothing
-    )
+    values = F.cross_entropy(logits, target, weights, ignore_index=-1, reduction="none", label_smoothing=smoothing)
     if objective.focal_gamma == 0:
         return values
     plain = F.cross_entropy(logits, target, ignore_index=-1, reduction="none")

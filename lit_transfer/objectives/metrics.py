@@ -66,15 +66,11 @@ def per_class(
     probabilities, target = probabilities.detach().cpu(), target.cpu()
     rows = _rows(task, probabilities.nan_to_num(0, 0, 0), target, threshold)
     if not _finite(probabilities):
-        rows = [
-            {key: NAN if isinstance(value, float) else value for key, value in row.items()} for row in rows
-        ]
+        rows = [{key: NAN if isinstance(value, float) else value for key, value in row.items()} for row in rows]
     return [{"name": name, **row} for name, row in zip(names, rows, strict=True)]
 
 
-def confusion(
-    task: str, probabilities: Tensor, target: Tensor, threshold: Sequence[float] | None = None
-) -> Tensor:
+def confusion(task: str, probabilities: Tensor, target: Tensor, threshold: Sequence[float] | None = None) -> Tensor:
     """Counts `[K, K]` of multiclass and ordinal decisions; rows are true classes, columns predicted ones."""
     assert task in ("multiclass", "ordinal"), task
     probabilities, target = probabilities.detach().cpu(), target.cpu()
@@ -92,10 +88,7 @@ def _rows(task: str, probabilities: Tensor, target: Tensor, threshold: Sequence[
         return [_label_row(p, t, d) for p, t, d in columns]
     seen = target >= 0
     p, t, d = probabilities[seen], target[seen], decided[seen]
-    return [
-        {"samples": int((t == k).sum()), **_one_against_rest(p[:, k], t == k, d == k)}
-        for k in range(p.shape[1])
-    ]
+    return [{"samples": int((t == k).sum()), **_one_against_rest(p[:, k], t == k, d == k)} for k in range(p.shape[1])]
 
 
 def _label_row(scores: Tensor, target: Tensor, decided: Tensor) -> Row:

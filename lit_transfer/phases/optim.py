@@ -33,9 +33,7 @@ def parameter_groups(network: Network, plan: PhasePlan) -> list[dict[str, Any]]:
                 name = f"{group.name}/{kind}"
                 groups.append({"params": parameters, "name": name, "lr": group.lr, "weight_decay": decay})
     covered = {id(p) for g in groups for p in g["params"]}
-    assert covered == {id(p) for p in network.parameters() if p.requires_grad}, (
-        "every trained parameter in one group"
-    )
+    assert covered == {id(p) for p in network.parameters() if p.requires_grad}, "every trained parameter in one group"
     return groups
 
 

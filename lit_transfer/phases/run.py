@@ -42,7 +42,6 @@ from lit_transfer.phases.optim import build_optimizer, set_lr
 from lit_transfer.phases.table import PhasePlan
 from lit_transfer.tracking import MetricsFile, Recorder, Run
 
-
 _SYNC_BUFFERS = (  # the same switch, renamed in torch 2.15
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -84,7 +83,9 @@ class _Schedule(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.install()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         set_lr(trainer.optimizers[0], self.plan, trainer.global_step)
 
 
@@ -283,7 +284,11 @@ def _run_phase(
 def _phase_callbacks(config: Config, plan: PhasePlan, folder: Path) -> list[pl.Callback]:
     callbacks: list[pl.Callback] = [TQDMProgressBar()] if config.trainer.progress else []
     mode = "min" if improves_downwards(config.monitor) else "max"
-    common: dict[str, Any] = {"dirpath": folder, "save_on_train_epoch_end": True, "enable_version_counter": False}
+    common: dict[str, Any] = {
+        "dirpath": folder,
+        "save_on_train_epoch_end": True,
+        "enable_version_counter": False,
+    }
     until = plan.phase.until
     if until:
         until_mode = "min" if improves_downwards(until.metric) else "max"
@@ -304,7 +309,10 @@ def _steps_in(checkpoint: Path) -> int:
 def _announce(plan: PhasePlan, resumed: bool) -> None:
     rates = ", ".join(f"{group.name} {group.lr:g}" for group in plan.groups)
     what = "goes on" if resumed else "begins"
-    print(f"phase {plan.phase.name} {what}: trains {plan.cut}, learning rates {rates}, {plan.max_steps} steps", flush=True)
+    print(
+        f"phase {plan.phase.name} {what}: trains {plan.cut}, learning rates {rates}, {plan.max_steps} steps",
+        flush=True,
+    )
 
 
 def _reason(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> str:
@@ -328,11 +336,20 @@ def predict_stream(
 ) -> Predictions:
     """What a network says of every sample of a stream, each once; every rank must call it, every rank gets all."""
     data = ImageData(
-        {"val": samples}, module.preprocessing, seed=0, global_batch=global_batch, first_epoch=0, workers=workers
+        {"val": samples},
+        module.preprocessing,
+        seed=0,
+        global_batch=global_batch,
+        first_epoch=0,
+        workers=workers,
     )
     callbacks: list[pl.Callback] = [TQDMProgressBar()] if config.progress else []
     trainer = make_trainer(
-        config, logger=False, enable_checkpointing=False, callbacks=callbacks, enable_progress_bar=config.progress
+        config,
+        logger=False,
+        enable_checkpointing=False,
+        callbacks=callbacks,
+        enable_progress_bar=config.progress,
     )
     trainer.validate(module, datamodule=data, verbose=False)
     module.cpu()

@@ -119,14 +119,11 @@ def check_metrics(config: Config, phases: Sequence[Phase], names: Sequence[str])
         return
     known = ["val/loss", *(f"val/{name}" for name in names)]
     watched = [("monitor", config.monitor)]
-    watched += [
-        (f"phase '{phase.name}': until.metric", phase.until.metric) for phase in phases if phase.until
-    ]
+    watched += [(f"phase '{phase.name}': until.metric", phase.until.metric) for phase in phases if phase.until]
     for where, metric in watched:
         require(
             metric in known,
-            f"{where} '{metric}' is not a metric of this task; there are {', '.join(known)}."
-            + nearest(metric, known),
+            f"{where} '{metric}' is not a metric of this task; there are {', '.join(known)}." + nearest(metric, known),
         )
 
 
@@ -175,8 +172,7 @@ def fingerprint(config: Config, plans: Sequence[PhasePlan], digests: dict[str, s
         if name in digests
     }
     phases = [
-        asdict(plan.phase) | {"steps_per_epoch": plan.steps_per_epoch, "max_steps": plan.max_steps}
-        for plan in plans
+        asdict(plan.phase) | {"steps_per_epoch": plan.steps_per_epoch, "max_steps": plan.max_steps} for plan in plans
     ]
     return kept | {
         "data": streams | {"label": plain["data"]["label"]},
@@ -194,15 +190,9 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """`key: old -> new` for every place where two plain values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
-        return [
-            line
-            for key in keys
-            for line in differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
-        ]
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [
-            line
-            for i, pair in enumerate(zip(old, new, strict=True))
-            for line in differences(*pair, f"{path}[{i}]")
+            line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{path}[{i}]")
         ]
     return [] if old == new else [f"{path}: {old} -> {new}"]

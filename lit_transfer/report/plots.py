@@ -98,9 +98,7 @@ def plot_roc(
     """
     binary = target.ndim == 1 and len(names) == 2
     columns = _against_rest(probabilities, target, names)[1 if binary else 0 :]
-    curves = [
-        (float(binary_auroc(scores.double(), truth)), name, scores, truth) for name, scores, truth in columns
-    ]
+    curves = [(float(binary_auroc(scores.double(), truth)), name, scores, truth) for name, scores, truth in columns]
     shown = sorted(curves, key=lambda curve: curve[0])[:MAX_CURVES]
     figure = Figure(figsize=(6.2, 5.6) if binary else (8.4, 5.6))
     axes = figure.add_subplot()
@@ -147,15 +145,11 @@ def _mark_threshold(axes: Axes, scores: Tensor, truth: Tensor, threshold: float)
     axes.annotate(text, (fpr, tpr), place, textcoords="offset points", va="top", ha=side, color=COLOURS[1])
 
 
-def _against_rest(
-    probabilities: Tensor, target: Tensor, names: Sequence[str]
-) -> list[tuple[str, Tensor, Tensor]]:
+def _against_rest(probabilities: Tensor, target: Tensor, names: Sequence[str]) -> list[tuple[str, Tensor, Tensor]]:
     """Name, scores and int truth of the labelled samples, for each class or label that has both kinds."""
     hot = target if target.ndim == 2 else torch.nn.functional.one_hot(target.clamp(min=0), len(names))
     seen = ~target.isnan() if target.ndim == 2 else (target >= 0)[:, None].expand_as(hot)
-    columns = [
-        (name, probabilities[seen[:, k], k], hot[seen[:, k], k].long()) for k, name in enumerate(names)
-    ]
+    columns = [(name, probabilities[seen[:, k], k], hot[seen[:, k], k].long()) for k, name in enumerate(names)]
     return [column for column in columns if 0 < column[2].sum() < len(column[2])]
 
 
@@ -203,9 +197,7 @@ def _shade_phases(axes: Axes, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 @STYLE
-def plot_predictions(
-    task: str, probabilities: Tensor, target: Tensor, names: Sequence[str], path: str | Path
-) -> None:
+def plot_predictions(task: str, probabilities: Tensor, target: Tensor, names: Sequence[str], path: str | Path) -> None:
     """regression: predicted against true values, a panel for each target. multilabel: average precision of
     each label, with the share of positives, which is what chance gives. Shapes as in `metrics`.
     """
@@ -214,9 +206,7 @@ def plot_predictions(
         return
     assert task == "multilabel", task
     columns = _against_rest(probabilities, target, names)
-    bars = [
-        (float(binary_average_precision(s.double(), t)), float(t.double().mean()), n) for n, s, t in columns
-    ]
+    bars = [(float(binary_average_precision(s.double(), t)), float(t.double().mean()), n) for n, s, t in columns]
     bars.sort()
     figure = Figure(figsize=(7.5, 1.6 + 0.3 * len(bars)))
     axes = figure.add_subplot()
@@ -247,9 +237,7 @@ def _plot_scatter(values: Tensor, target: Tensor, names: Sequence[str], path: st
     save_figure(figure, path)
 
 
-def contact_sheet(
-    images: Sequence[Image.Image], captions: Sequence[str], path: str | Path, columns: int = 6
-) -> None:
+def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], path: str | Path, columns: int = 6) -> None:
     """Pictures in rows of `columns`, each above its caption; a line that is too wide is cut."""
     font = ImageFont.truetype(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 15)
     lines = [caption.split("\n") for caption in captions]

@@ -25,9 +25,7 @@ def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = 
     texts = {c for c in columns if any(isinstance(row.get(c), str) for row in rows)}
 
     def line(values: Sequence[str]) -> str:
-        padded = [
-            v.ljust(w) if c in texts else v.rjust(w) for v, w, c in zip(values, widths, columns, strict=True)
-        ]
+        padded = [v.ljust(w) if c in texts else v.rjust(w) for v, w, c in zip(values, widths, columns, strict=True)]
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(columns), "  ".join("─" * width for width in widths), *map(line, cells)])

@@ -41,7 +41,11 @@ def plain_loop(job: Job, net: nn.Module, head: nn.Linear) -> None:
         if train == "head":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9)
         else:
-            thawed = [p for name, p in net.named_parameters() if not name.startswith(("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2"))]
+            thawed = [
+                p
+                for name, p in net.named_parameters()
+                if not name.startswith(("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2"))
+            ]
             for parameter in thawed:
                 parameter.requires_grad_(True)
             groups = [{"params": list(head.parameters()), "lr": 0.003}, {"params": thawed, "lr": 0.001}]
@@ -50,7 +54,9 @@ def plain_loop(job: Job, net: nn.Module, head: nn.Linear) -> None:
             order = shuffled(job.streams["train"].rows, digest, 0, epoch)
             for step in range(-(-len(order) // size)):
                 batch = data[Batch(epoch, rank_slice(order, step, size, 0, 1))]
-                images = (batch["image"].float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+                images = (batch["image"].float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
+                    3, 1, 1
+                )
                 logits = head(net(images.contiguous(memory_format=torch.channels_last)))
                 loss = F.cross_entropy(logits, batch["target"], reduction="none").sum() / len(batch["target"])
                 optimizer.zero_grad()

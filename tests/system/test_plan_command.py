@@ -13,7 +13,7 @@ import yaml
 from digits import digits
 
 from lit_transfer.config import Config
-from lit_transfer.data.items import Pack
+from lit_transfer.data.packing.items import Pack
 from lit_transfer.launch import main
 from lit_transfer.model.backbone import build_backbone
 from lit_transfer.model.heads import build_head
@@ -159,9 +159,7 @@ def test_a_dataset_that_is_there_is_read(tmp_path: Path, capsys: pytest.CaptureF
         (["--samples", "900", "--objective.focal_gama", "2"], "Did you mean 'focal_gamma'?"),
     ],
 )
-def test_a_fault_is_one_sentence(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_fault_is_one_sentence(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", QUICKSTART, *arguments]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.startswith("error: ")

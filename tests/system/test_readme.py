@@ -70,6 +70,8 @@ def test_the_python_of_the_readme_runs(workplace: Path) -> None:
     assert (workplace / "runs" / "quickstart" / "model").is_dir(), "the commands ran before"
     Image.effect_noise((300, 300), 30).save(workplace / "cell.png")
     code = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=workplace, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)], cwd=workplace, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     assert "Prediction" in done.stdout

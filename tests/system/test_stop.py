@@ -55,7 +55,13 @@ def config(folder: Path, manifest: Path, name: str, ranks: int) -> Path:
             "head": {"hidden": [8], "dropout": 0.3},
         },
         "phases": PHASES,
-        "trainer": {"accelerator": "cpu", "devices": ranks, "deterministic": True, "log_every_steps": 1, "progress": False},
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": ranks,
+            "deterministic": True,
+            "log_every_steps": 1,
+            "progress": False,
+        },
         "tracking": {"wandb": "off"},
     }
     file = folder / f"{name}.yaml"

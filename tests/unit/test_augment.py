@@ -35,9 +35,7 @@ EVERYTHING = Augment(
 
 
 def canvases(count: int, side: int, seed: int = 0) -> Tensor:
-    return torch.from_numpy(
-        np.random.default_rng(seed).integers(0, 256, (count, 3, side, side), dtype=np.uint8)
-    )
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 3, side, side), dtype=np.uint8))
 
 
 def drawn(count: int, **places: float) -> Tensor:
@@ -48,9 +46,7 @@ def drawn(count: int, **places: float) -> Tensor:
     return uniform
 
 
-def augmented(
-    canvas: Tensor, uniform: Tensor, preprocessing: Preprocessing = PLAIN, **settings: Any
-) -> Tensor:
+def augmented(canvas: Tensor, uniform: Tensor, preprocessing: Preprocessing = PLAIN, **settings: Any) -> Tensor:
     return train_input(canvas, uniform, Augment(**settings), preprocessing)
 
 
@@ -131,9 +127,7 @@ def test_a_bright_spot_turns_about_the_centre(degrees: float) -> None:
 
 def test_a_shift_moves_by_a_share_of_the_side() -> None:
     images = augmented(spot(16, 16), drawn(1, u9=1.0, u10=0.25), shift=0.25)
-    assert centre_of(images) == pytest.approx(
-        (16 + 4, 16 - 8), abs=1e-3
-    )  # looks right and up: moves left and down
+    assert centre_of(images) == pytest.approx((16 + 4, 16 - 8), abs=1e-3)  # looks right and up: moves left and down
 
 
 def test_zoom_scales_each_axis_about_the_centre() -> None:
@@ -170,9 +164,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     assert torch.equal(train_input(canvas[2:3], uniform[2:3], EVERYTHING, WIDE), whole[2:3])
     again = train_input(canvas, drawn(6), EVERYTHING, WIDE)
     assert torch.equal(again, whole)
-    assert not torch.allclose(
-        train_input(canvas[:1].expand(2, -1, -1, -1), uniform[:2], EVERYTHING, WIDE)[1], whole[0]
-    )
+    assert not torch.allclose(train_input(canvas[:1].expand(2, -1, -1, -1), uniform[:2], EVERYTHING, WIDE)[1], whole[0])
 
 
 def one_pixel(*rgb: float) -> Tensor:

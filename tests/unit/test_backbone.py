@@ -22,8 +22,7 @@ NETWORKS = [
     (
         "torchvision/vgg16",
         64,
-        "conv1_1, conv1_2, conv2_1, conv2_2, conv3_1 to conv3_3, conv4_1 to conv4_3, conv5_1 to conv5_3, "
-        "fc6, fc7",
+        "conv1_1, conv1_2, conv2_1, conv2_2, conv3_1 to conv3_3, conv4_1 to conv4_3, conv5_1 to conv5_3, fc6, fc7",
     ),
     ("torchvision/resnet18", 64, "stem, layer1 to layer4"),
     ("torchvision/mobilenet_v2", 64, "features.0 to features.18"),
@@ -104,13 +103,9 @@ def test_every_tensor_has_one_stage(whole: tuple[Whole, str]) -> None:
         direct = {id(p) for name, p in backbone.stage_parameters(i) if "." not in name.removeprefix("net.")}
         assert reached | direct == {id(p) for _, p in backbone.stage_parameters(i)}
     norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d | nn.Dropout)]
-    frozen = [
-        m for i in range(len(backbone.stages)) for own in backbone.stage_modules(i) for m in own.modules()
-    ]
+    frozen = [m for i in range(len(backbone.stages)) for own in backbone.stage_modules(i) for m in own.modules()]
     unused = {id(m) for m in norms} - {id(m) for m in frozen}
-    assert all(isinstance(m, nn.Dropout) for m in norms if id(m) in unused), (
-        "a BatchNorm that no freeze reaches"
-    )
+    assert all(isinstance(m, nn.Dropout) for m in norms if id(m) in unused), "a BatchNorm that no freeze reaches"
 
 
 @torch.no_grad()
@@ -168,8 +163,7 @@ def test_an_unknown_cut_lists_the_stages() -> None:
     with pytest.raises(UserError) as caught:
         backbone.cut_index("blocks.9")
     assert str(caught.value).startswith(
-        "'blocks.9' is not a stage of timm/tf_efficientnet_lite0; "
-        "its stages are stem, blocks.0 to blocks.6, top."
+        "'blocks.9' is not a stage of timm/tf_efficientnet_lite0; its stages are stem, blocks.0 to blocks.6, top."
     )
     assert "Did you mean 'blocks." in str(caught.value)
     assert (backbone.cut_index("all"), backbone.cut_index("stem"), backbone.cut_index("blocks.0")) == (

@@ -28,12 +28,8 @@ def test_googlenet_without_its_auxiliary_classifiers_has_only_head_and_all() -> 
     backbone = build_backbone(random_model("torchvision/googlenet"), image_size=64).eval()
     images = torch.randn(2, 3, 64, 64)
     assert backbone.stage_names == ("body",) and backbone.features == 1024
-    assert torch.equal(
-        backbone.suffix(backbone.prefix(images, "all"), "all"), backbone.prefix(images, "head")
-    )
-    assert torch.is_tensor(backbone.train()(images)), (
-        "in training mode too, one vector and no auxiliary outputs"
-    )
+    assert torch.equal(backbone.suffix(backbone.prefix(images, "all"), "all"), backbone.prefix(images, "head"))
+    assert torch.is_tensor(backbone.train()(images)), "in training mode too, one vector and no auxiliary outputs"
     assert all(m.p == 0 for m in backbone.modules() if isinstance(m, nn.Dropout)), "the old head's dropout"
     with pytest.raises(UserError, match=r"'inception4a' .* no stage table.* only head and all"):
         backbone.cut_index("inception4a")

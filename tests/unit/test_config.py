@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lit_transfer.config import Config
-from lit_transfer.data.items import Pack
+from lit_transfer.data.packing.items import Pack
 from lit_transfer.errors import UserError
 from lit_transfer.reading import load, override, parse, read_yaml, to_plain, to_yaml
 
@@ -176,9 +176,7 @@ def test_half_precision_on_a_cpu_says_what_to_use() -> None:
 
 
 def test_whole_numbers_become_what_is_meant() -> None:
-    config = small(
-        "--trainer.precision", "32", "--name", "7", "--tracking.tags", "[1, a]", "--phases.0.lr", "1"
-    )
+    config = small("--trainer.precision", "32", "--name", "7", "--tracking.tags", "[1, a]", "--phases.0.lr", "1")
     assert (config.trainer.precision, config.name, config.tracking.tags) == ("32", "7", ["1", "a"])
     assert isinstance(config.phases, list)
     assert config.phases[0].lr == 1.0 and isinstance(config.phases[0].lr, float)
@@ -239,9 +237,7 @@ def test_yaml_round_trip_keeps_every_text(tmp_path: Path) -> None:
         "a: b",
     ]
     config = small("--trainer.deterministic", "true", "--phases.1.until", "{metric: val/loss, patience: 3}")
-    config = dataclasses.replace(
-        config, tracking=dataclasses.replace(config.tracking, tags=texts), name="1e-3"
-    )
+    config = dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, tags=texts), name="1e-3")
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
     assert load(file) == config
@@ -268,9 +264,7 @@ def test_a_preset_stays_as_it_is_written() -> None:
 
 
 def test_packing_is_read_by_the_same_rules() -> None:
-    pack = parse(
-        Pack, override({}, ["--source", "a", "--out", "b", "--splits", "{train: 1}", "--classes", "[no, 1]"])
-    )
+    pack = parse(Pack, override({}, ["--source", "a", "--out", "b", "--splits", "{train: 1}", "--classes", "[no, 1]"]))
     assert pack.splits == {"train": 1.0} and pack.classes == ["no", "1"]
     with pytest.raises(UserError, match=re.escape("splits.train 'most' is not a number.")):
         parse(Pack, override({}, ["--source", "a", "--out", "b", "--splits.train", "most"]))

@@ -88,9 +88,7 @@ def test_one_class_only_or_nan_gives_one_half() -> None:
     p = binary(torch.tensor([0.1, 0.9]))
     assert choose_threshold("multiclass", p, torch.tensor([1, 1]), "f1") == [0.5]
     assert choose_threshold("multiclass", p, torch.tensor([-1, -1]), "f1") == [0.5]
-    assert choose_threshold("multiclass", binary(torch.tensor([0.1, NAN])), torch.tensor([0, 1]), "f1") == [
-        0.5
-    ]
+    assert choose_threshold("multiclass", binary(torch.tensor([0.1, NAN])), torch.tensor([0, 1]), "f1") == [0.5]
     assert choose_threshold("multiclass", p[:0], torch.tensor([0, 0])[:0], "f1") == [0.5]
 
 

@@ -114,21 +114,15 @@ def test_the_tables_name_split_classes_and_values(
 def test_the_threshold_of_validation_is_the_one_used(config: Config, manifest: Manifest) -> None:
     said = torch.tensor([[0.8, 0.2]]).repeat(12, 1)
     odd = evaluation(manifest, said, [0.1]).predictions.targets == 1
-    assert evaluation(manifest, said, [0.1]).overall()["accuracy"] == pytest.approx(
-        float(odd.double().mean())
-    )
-    assert evaluation(manifest, said, [0.3]).overall()["accuracy"] == pytest.approx(
-        float((~odd).double().mean())
-    )
+    assert evaluation(manifest, said, [0.1]).overall()["accuracy"] == pytest.approx(float(odd.double().mean()))
+    assert evaluation(manifest, said, [0.3]).overall()["accuracy"] == pytest.approx(float((~odd).double().mean()))
 
 
 def test_another_dataset_with_the_same_classes(
     config: Config, summary: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = digits(tmp_path / "other", count=64)
-    assert (
-        main(["--run", str(config.run_dir), "--manifest", str(other.path), "--split", "train", "--json"]) == 0
-    )
+    assert main(["--run", str(config.run_dir), "--manifest", str(other.path), "--split", "train", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["samples"] == 32 and figures["dataset"] == other.digest
     assert (config.run_dir / "report" / "packed-train" / "roc.png").is_file()
@@ -187,9 +181,7 @@ def test_every_task_has_figures_and_pictures(task: str, tmp_path: Path) -> None:
     network = tiny_network(config.model, task, len(manifest.classes()))
     samples = streams_of(config)["test"]
     predictions = predict_samples(config, network, samples, PREPROCESSING, batch=5)
-    measured = Evaluation(
-        task=task, names=manifest.display(), threshold=None, samples=samples, predictions=predictions
-    )
+    measured = Evaluation(task=task, names=manifest.display(), threshold=None, samples=samples, predictions=predictions)
     pictures = write_report(tmp_path / "report", measured, measured.figures("digit"), tmp_path / "absent.csv")
     assert {path.stem for path in pictures} == PICTURES[task]
     for path in pictures:
@@ -213,12 +205,8 @@ def test_the_worst_mistakes_come_first_with_both_names(
     images, captions = sheets[0]
     table = manifest.table
     places = [int(measured.predictions.rows[i]) for i in (5, 3, 7)]
-    assert [caption.split("\n")[2] for caption in captions] == [
-        table["source"][row].as_py() for row in places
-    ]
-    assert [image.size for image in images] == [
-        (table["width"][r].as_py(), table["height"][r].as_py()) for r in places
-    ]
+    assert [caption.split("\n")[2] for caption in captions] == [table["source"][row].as_py() for row in places]
+    assert [image.size for image in images] == [(table["width"][r].as_py(), table["height"][r].as_py()) for r in places]
     true = ("even", "odd")[int(truth[5])]
     other = ("odd", "even")[int(truth[5])]
     assert captions[0].startswith(f"true: {true}\nsaid: {other} (0.95)")

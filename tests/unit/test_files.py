@@ -61,9 +61,7 @@ def test_text_is_utf8(tmp_path: Path) -> None:
 
 def test_json_has_null_for_what_is_no_number(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    write_json(
-        path, {"é": [float("nan"), (1.5, float("inf"))], "b": {"c": float("-inf"), "d": True, "e": None}}
-    )
+    write_json(path, {"é": [float("nan"), (1.5, float("inf"))], "b": {"c": float("-inf"), "d": True, "e": None}})
     assert json.loads(path.read_text(encoding="utf-8")) == {
         "é": [None, [1.5, None]],
         "b": {"c": None, "d": True, "e": None},

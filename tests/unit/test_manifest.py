@@ -51,9 +51,7 @@ def rows(task: str = "multiclass", **labels: list[Any]) -> pa.Table:
     return pa.table({**columns, "meta.site": pa.array(["n", None, "s"])})
 
 
-def write(
-    folder: Path, table: pa.Table, labels: tuple[Label, ...] = (LABEL,), task: str = "multiclass"
-) -> Path:
+def write(folder: Path, table: pa.Table, labels: tuple[Label, ...] = (LABEL,), task: str = "multiclass") -> Path:
     folder.mkdir(exist_ok=True)
     for shard in SHARDS:
         (folder / shard.name).write_bytes(b"." * shard.bytes)
@@ -103,10 +101,7 @@ def test_targets_of_column_tasks(tmp_path: Path, task: str, value: float) -> Non
     table = rows(task, red=[value, None, 0], blue=[0, value, None])
     manifest = Manifest.open(write(tmp_path / "d", table, (RED, blue), task))
     expected = np.array([[value, 0], [np.nan, value], [0, np.nan]], dtype=np.float32)
-    assert (
-        np.array_equal(manifest.targets(), expected, equal_nan=True)
-        and manifest.targets().dtype == np.float32
-    )
+    assert np.array_equal(manifest.targets(), expected, equal_nan=True) and manifest.targets().dtype == np.float32
     assert np.array_equal(manifest.targets("blue"), expected[:, 1:], equal_nan=True)
     assert manifest.classes() == ("red", "blue") and manifest.display() == ("Red", "Blue")
 
@@ -185,9 +180,7 @@ def test_digest_is_pinned_and_covers_what_it_says() -> None:
         digest(rows(kind=[1, 1, 0])),
         digest(table.take([1, 0, 2])),
         *(
-            digest(
-                table.set_column(table.column_names.index(name), name, pa.array(values, SAMPLE_COLUMNS[name]))
-            )
+            digest(table.set_column(table.column_names.index(name), name, pa.array(values, SAMPLE_COLUMNS[name])))
             for name, values in {
                 "key": ["a", "b", "c"],
                 "hash": [b"x" * 32] * 3,

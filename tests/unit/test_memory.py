@@ -88,9 +88,7 @@ def test_the_frozen_prefix_needs_its_largest_layer() -> None:
     assert frozen_bytes(network, images_on_meta()) == 0
 
 
-def memory_of(
-    optimizer: type[torch.optim.Optimizer], ranks: int = 1, **settings: float
-) -> tuple[Memory, int]:
+def memory_of(optimizer: type[torch.optim.Optimizer], ranks: int = 1, **settings: float) -> tuple[Memory, int]:
     network = network_on("meta", "torchvision/resnet18")
     network.set_cut("layer4")
     trained = [p for p in network.parameters() if p.requires_grad]

@@ -172,9 +172,7 @@ def test_a_diverged_network_has_no_figures(task: str) -> None:
     target = t if task in ("multiclass", "ordinal") else torch.zeros(60, 3)
     assert all_nan(metrics(task, p, target))
     for row in per_class(task, p, target, None, "abc"):
-        assert isinstance(row["samples"], int) and all_nan(
-            {k: v for k, v in row.items() if isinstance(v, float)}
-        )
+        assert isinstance(row["samples"], int) and all_nan({k: v for k, v in row.items() if isinstance(v, float)})
 
 
 def test_per_class() -> None:

@@ -39,12 +39,8 @@ def test_groups_split_head_and_backbone_matrices_and_vectors() -> None:
     }
     names = {id(p): name for name, p in net.named_parameters()}
     found = {name: {names[id(p)] for p in group["params"]} for name, group in groups.items()}
-    assert found["head/decay"] == {
-        n for n in names.values() if n.startswith("head.") and n.endswith("weight")
-    }
-    assert found["head/no_decay"] == {
-        n for n in names.values() if n.startswith("head.") and n.endswith("bias")
-    }
+    assert found["head/decay"] == {n for n in names.values() if n.startswith("head.") and n.endswith("weight")}
+    assert found["head/no_decay"] == {n for n in names.values() if n.startswith("head.") and n.endswith("bias")}
     assert all(net.get_parameter(n).ndim == 4 for n in found["backbone/decay"])
     assert all(net.get_parameter(n).ndim == 1 for n in found["backbone/no_decay"])
 

@@ -22,9 +22,9 @@ from PIL import Image
 from lit_transfer.data import pack as module
 from lit_transfer.data import shards
 from lit_transfer.data.decode import open_rgb
-from lit_transfer.data.items import Pack
 from lit_transfer.data.manifest import compute_digest
-from lit_transfer.data.pack import pack
+from lit_transfer.data.packing.items import Pack
+from lit_transfer.data.packing.pack import pack
 from lit_transfer.errors import UserError
 
 
@@ -35,9 +35,7 @@ def test_plain_webdataset_reads_the_shards_back(tmp_path: Path) -> None:
     samples = manifest.table.to_pylist()
     urls = [str(manifest.path / shard.name) for shard in manifest.shards]
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ResourceWarning
-        )  # webdataset leaves the tars to the collector to close
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves the tars to the collector to close
         read = list(webdataset.WebDataset(urls, shardshuffle=False))
         gc.collect()
     assert [sample["__key__"] for sample in read] == [sample["key"] for sample in samples]
@@ -67,9 +65,7 @@ def test_shards_and_digest_are_what_the_files_hold(tmp_path: Path) -> None:
 
 
 def test_same_input_and_seed_give_the_same_bytes(tmp_path: Path) -> None:
-    first = packed(
-        folder(tmp_path / "1" / "in"), tmp_path / "a", workers=1, image_format="webp", short_side=8
-    )
+    first = packed(folder(tmp_path / "1" / "in"), tmp_path / "a", workers=1, image_format="webp", short_side=8)
     copy = tmp_path / "2" / "in"
     for path in sorted((tmp_path / "1" / "in").rglob("*.png"), reverse=True):  # other order, other times
         (copy / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -114,9 +110,7 @@ def test_formats_and_sizes(tmp_path: Path) -> None:
                 (20, 10) if "large" in sample["source"] else (16, 10) if "b/" in sample["source"] else ()
             )
             same = payload(manifest, row) == (source / sample["source"]).read_bytes()
-            assert same == (
-                (image_format, sample["source"]) in (("jpg", "b/photo.jpg"), ("png", "b/small.png"))
-            )
+            assert same == ((image_format, sample["source"]) in (("jpg", "b/photo.jpg"), ("png", "b/small.png")))
     kept = packed(source, tmp_path / "keep", **one)
     for row, sample in enumerate(kept.table.to_pylist()):
         original = (source / sample["source"]).read_bytes()
@@ -151,9 +145,7 @@ def test_rejected_pictures_are_listed_and_counted(tmp_path: Path) -> None:
 
 def test_too_many_rejected_pictures_are_an_error(tmp_path: Path) -> None:
     file = with_bad_files(tmp_path / "in")
-    with pytest.raises(
-        UserError, match=r"3 of 100 pictures \(3.0%\) were rejected.*absent.png: no such file"
-    ):
+    with pytest.raises(UserError, match=r"3 of 100 pictures \(3.0%\) were rejected.*absent.png: no such file"):
         packed(file, tmp_path / "out")
     nothing_left(tmp_path, "in", "out.rejected.csv")
     assert len((tmp_path / "out.rejected.csv").read_text().splitlines()) == 4

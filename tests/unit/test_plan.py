@@ -10,10 +10,7 @@ ROWS = np.arange(100, 120, dtype=np.int64)
 
 def test_a_shuffle_is_a_permutation_that_each_argument_changes() -> None:
     orders = [
-        shuffled(ROWS, digest, seed, epoch)
-        for digest in ("a", "b")
-        for seed in (0, 1)
-        for epoch in (0, 1, "fraction")
+        shuffled(ROWS, digest, seed, epoch) for digest in ("a", "b") for seed in (0, 1) for epoch in (0, 1, "fraction")
     ]
     assert all(sorted(order) == list(ROWS) for order in orders)
     assert len({tuple(order) for order in orders}) == len(orders)
@@ -36,9 +33,7 @@ def test_pinned_so_that_runs_of_another_version_stay_comparable() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize(("samples", "batch"), [(20, 8), (20, 20), (20, 64), (20, 3), (1, 4), (20, 1)])
-def test_ranks_together_see_each_row_once_in_the_order_of_one_rank(
-    samples: int, batch: int, ranks: int
-) -> None:
+def test_ranks_together_see_each_row_once_in_the_order_of_one_rank(samples: int, batch: int, ranks: int) -> None:
     order = shuffled(ROWS[:samples], "a", 0, 0)
     seen = []
     for step in range(steps_per_epoch(samples, batch)):

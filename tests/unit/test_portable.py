@@ -94,11 +94,7 @@ def test_the_description_comes_back_whole(run: Path, config: Config, manifest: M
     restored = replace(model.info, provenance=expected.provenance)
     assert restored == expected
     plain = json.loads((run / "model" / "model.json").read_text())
-    assert (
-        plain["format"] == 1
-        and plain["outputs"] == 2
-        and plain["provenance"]["metrics"]["test/auroc"] is None
-    )
+    assert plain["format"] == 1 and plain["outputs"] == 2 and plain["provenance"]["metrics"]["test/auroc"] is None
     assert (model.task, model.classes, model.threshold) == ("multiclass", ("even", "odd"), [0.3])
 
 
@@ -181,9 +177,7 @@ def test_a_network_of_another_module_needs_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "own_net.py").write_text(
-        "import timm\n\ndef build():\n    return timm.create_model('test_resnet')\n"
-    )
+    (tmp_path / "own_net.py").write_text("import timm\n\ndef build():\n    return timm.create_model('test_resnet')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     model = replace(config.model, backbone="own_net:build")
     save_portable(run / "model", network, replace(describe(config, manifest), model=model))

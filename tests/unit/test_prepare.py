@@ -44,8 +44,6 @@ def test_settings_from_file_and_flags(tmp_path: Path) -> None:
     assert (settings.source, settings.out, settings.task) == ("pictures", "elsewhere", "none")
     assert settings.splits == {"train": 0.5, "test": 0.5} and settings.max_rejected_fraction == 0.1
     flags = ["--source", "a", "--out", "b", "--splits", "{train: 0.6, test: 0.4}", "--stratify", "[type]"]
-    assert read_settings(flags).splits == {"train": 0.6, "test": 0.4} and read_settings(flags).stratify == [
-        "type"
-    ]
+    assert read_settings(flags).splits == {"train": 0.6, "test": 0.4} and read_settings(flags).stratify == ["type"]
     with pytest.raises(UserError, match=r"'sorce' is not a key of the config. Did you mean 'source'"):
         read_settings(["--sorce", "a"])

@@ -62,11 +62,7 @@ def pixels(path: Path) -> np.ndarray:
 def lines(figure: Figure, axes: int = 0) -> dict[str, np.ndarray]:
     """Points `[N, 2]` of each labelled line."""
     found = figure.axes[axes].get_lines()
-    return {
-        str(line.get_label()): np.asarray(line.get_xydata())
-        for line in found
-        if str(line.get_label())[0] != "_"
-    }
+    return {str(line.get_label()): np.asarray(line.get_xydata()) for line in found if str(line.get_label())[0] != "_"}
 
 
 def test_table_lines_up() -> None:
@@ -166,9 +162,7 @@ def test_roc_of_many_classes(tmp_path: Path, drawn: list[Figure]) -> None:
     labels = list(lines(drawn[0]))
     assert len(labels) == 13 and labels[-1].endswith("mean of 13")
     areas = [float(label.split()[0]) for label in labels[:-1]]
-    assert (
-        areas == sorted(areas) and areas[-1] < 1 and "12 smallest areas of 13" in drawn[0].axes[0].get_title()
-    )
+    assert areas == sorted(areas) and areas[-1] < 1 and "12 smallest areas of 13" in drawn[0].axes[0].get_title()
 
 
 def test_roc_without_any_curve(tmp_path: Path, drawn: list[Figure]) -> None:
@@ -231,10 +225,7 @@ def test_bars_of_labels(tmp_path: Path, drawn: list[Figure]) -> None:
     target = torch.tensor([[0.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, NAN, 1.0]])
     plot_predictions("multilabel", p, target, ["easy", "hard", "always"], tmp_path / "p.png")
     axes = drawn[0].axes[0]
-    bars = [
-        (text.get_text(), bar.get_width())
-        for text, bar in zip(axes.get_yticklabels(), axes.patches, strict=True)
-    ]
+    bars = [(text.get_text(), bar.get_width()) for text, bar in zip(axes.get_yticklabels(), axes.patches, strict=True)]
     assert bars == [("hard", 0.5), ("easy", 1.0)]
 
 

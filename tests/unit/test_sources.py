@@ -52,9 +52,7 @@ def test_packages_are_searched_without_running_them(tmp_path: Path, monkeypatch:
     saved(package, {"a": torch.ones(1)}, "deep/one.pth")
     assert weights.find("package:carrier").path == package / "deep/one.pth"
     saved(package, {"a": torch.ones(1)}, "two.safetensors")
-    with pytest.raises(
-        UserError, match=r"holds 2 weight files \(deep/one.pth, two.safetensors\); choose one"
-    ):
+    with pytest.raises(UserError, match=r"holds 2 weight files \(deep/one.pth, two.safetensors\); choose one"):
         weights.find("package:carrier")
     assert weights.find("package:carrier:two.safetensors").path == package / "two.safetensors"
     for outside in ("three.pth", "../other.pth"):
@@ -87,12 +85,8 @@ def empty_hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("hf-hub:someone/something", "someone/something", "hf"),
     ],
 )
-def test_missing_hub_files_are_told_with_the_remedy(
-    empty_hubs: Path, backbone: str, what: str, where: str
-) -> None:
-    with pytest.raises(
-        UserError, match=rf"{what}.* is not in {empty_hubs / where} .*lit-transfer fetch --config FILE"
-    ):
+def test_missing_hub_files_are_told_with_the_remedy(empty_hubs: Path, backbone: str, what: str, where: str) -> None:
+    with pytest.raises(UserError, match=rf"{what}.* is not in {empty_hubs / where} .*lit-transfer fetch --config FILE"):
         build_net(Model(backbone=backbone))
 
 
@@ -112,9 +106,7 @@ def test_pretrained_weights_come_from_the_hubs_caches(empty_hubs: Path) -> None:
     (repository / "refs/main").write_text("abc")
     network = build_net(Model(backbone=TINY))
     assert_same(network.net, tiny)
-    assert (
-        network.source is not None and network.source.path == repository / "snapshots/abc/model.safetensors"
-    )
+    assert network.source is not None and network.source.path == repository / "snapshots/abc/model.safetensors"
     assert network.source.licence == "apache-2.0"
 
 
@@ -147,9 +139,7 @@ def test_fetch_prints_where_the_weights_lie(tmp_path: Path, capsys: pytest.Captu
     )
     assert fetch.main(["--config", str(config)]) == 0
     printed = capsys.readouterr().out
-    assert (
-        str(path) in printed and hashlib.sha256(path.read_bytes()).hexdigest() in printed and " MB" in printed
-    )
+    assert str(path) in printed and hashlib.sha256(path.read_bytes()).hexdigest() in printed and " MB" in printed
     assert fetch.main(["--config", str(config), "--model.weights", "none"]) == 0
     assert "nothing to fetch" in capsys.readouterr().out
     with pytest.raises(UserError, match="does not exist"):

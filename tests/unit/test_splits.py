@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from lit_transfer.data.splits import assign_splits, quantile_bins
+from lit_transfer.data.packing.splits import assign_splits, quantile_bins
 
 FRACTIONS = {"train": 0.7, "val": 0.15, "test": 0.15}
 

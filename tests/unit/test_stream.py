@@ -35,10 +35,7 @@ SMALL = Preprocessing(
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """20 pictures in two classes; a weight each, and every fifth without a label."""
     root = tmp_path_factory.mktemp("stream")
-    lines = [
-        f"{i}.png,{'' if i % 5 == 4 else 'ab'[i % 2]},{'train' if i < 16 else 'val'},{1 + i}"
-        for i in range(20)
-    ]
+    lines = [f"{i}.png,{'' if i % 5 == 4 else 'ab'[i % 2]},{'train' if i < 16 else 'val'},{1 + i}" for i in range(20)]
     source = table(root / "source", "path,label,split,weight", lines)
     return packed(source, root / "packed", workers=1)
 
@@ -69,27 +66,21 @@ def test_a_fraction_is_a_fixed_part_of_any_larger_one(dataset: Manifest) -> None
 def test_a_missing_split_or_label_column_says_so(dataset: Manifest) -> None:
     with pytest.raises(UserError, match="train"):
         open_stream(stream(dataset, "trian"), None, seed=0)
-    with pytest.raises(
-        UserError, match=r"'labl' is not a label column of .*; it has label\. Did you mean 'label'"
-    ):
+    with pytest.raises(UserError, match=r"'labl' is not a label column of .*; it has label\. Did you mean 'label'"):
         open_stream(stream(dataset), "labl", seed=0)
     with pytest.raises(UserError, match="lit-transfer prepare"):
         open_stream(Stream(manifest=str(dataset.path.parent / "none"), split="train"), None, seed=0)
 
 
 def test_a_dataset_without_labels_says_so(tmp_path: Path) -> None:
-    bare = packed(
-        table(tmp_path / "source", "path", ["a.png", "b.png"]), tmp_path / "bare", splits={"train": 1.0}
-    )
+    bare = packed(table(tmp_path / "source", "path", ["a.png", "b.png"]), tmp_path / "bare", splits={"train": 1.0})
     for label in (None, "label"):
         with pytest.raises(UserError, match="has no labels; training and evaluation need a labelled dataset"):
             open_stream(stream(bare), label, seed=0)
 
 
 def test_streams_must_have_the_same_classes(dataset: Manifest, tmp_path: Path) -> None:
-    other = packed(
-        folder(tmp_path / "folder", ("a", "c"), 3), tmp_path / "other", splits={"val": 1.0}, workers=1
-    )
+    other = packed(folder(tmp_path / "folder", ("a", "c"), 3), tmp_path / "other", splits={"val": 1.0}, workers=1)
     with pytest.raises(UserError, match=r"data\.val and data\.train .* missing \['b'\], extra \['c'\]"):
         open_streams(Data(train=stream(dataset), val=stream(other, "val")), seed=0)
     rows = [f"{i}.png,{i}.5" for i in range(4)]
@@ -112,9 +103,7 @@ def batches(data: ImageData, epoch: int = 0) -> list[dict[str, torch.Tensor]]:
 
 def image_data(dataset: Manifest, **settings: Any) -> ImageData:
     streams = open_streams(Data(train=stream(dataset), val=stream(dataset, "val")), seed=0)
-    return ImageData(
-        streams, SMALL, **{"seed": 5, "global_batch": 6, "first_epoch": 0, "workers": 0} | settings
-    )
+    return ImageData(streams, SMALL, **{"seed": 5, "global_batch": 6, "first_epoch": 0, "workers": 0} | settings)
 
 
 def test_batches_hold_what_the_plan_says(dataset: Manifest) -> None:
@@ -198,7 +187,5 @@ def test_damaged_bytes_are_refused(tmp_path: Path, damage: str) -> None:
     data = bytearray(shard.read_bytes())
     data[place["offset"] + 20] ^= 1
     shard.write_bytes(data if damage == "flip" else data[: place["offset"] + 20])
-    with pytest.raises(
-        UserError, match=r"\(row 2\) are not those that were packed.*run lit-transfer prepare again"
-    ):
+    with pytest.raises(UserError, match=r"\(row 2\) are not those that were packed.*run lit-transfer prepare again"):
         ShardReader(manifest).read(2)

@@ -139,9 +139,7 @@ def test_resolve_says_what_trains_and_for_how_long(train: Any, cut: str, trained
         ),
     ],
 )
-def test_rules_that_need_the_stages_or_the_data(
-    row: dict[str, Any], sections: dict[str, Any], said: str
-) -> None:
+def test_rules_that_need_the_stages_or_the_data(row: dict[str, Any], sections: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)) as caught:
         resolve(config([row], **sections), STAGES, samples=17)
     assert "\n" not in str(caught.value)
@@ -152,9 +150,7 @@ def test_a_metric_to_watch_must_be_one_of_the_task() -> None:
     settings = config([row], monitor="val/accuracy")
     check_metrics(settings, expand(settings), ["accuracy", "f1"])
     check_metrics(config([phase()]), [], [])  # val/loss is always there
-    with pytest.raises(
-        UserError, match=r"^monitor 'val/accuracy' is not a metric of this task; there are val/loss, "
-    ):
+    with pytest.raises(UserError, match=r"^monitor 'val/accuracy' is not a metric of this task; there are val/loss, "):
         check_metrics(settings, expand(settings), ["f1"])
     with pytest.raises(UserError, match=r"phase 'a': until\.metric 'val/f1' is not a metric .*'val/f2'"):
         check_metrics(settings, expand(settings), ["accuracy", "f2"])
@@ -162,9 +158,7 @@ def test_a_metric_to_watch_must_be_one_of_the_task() -> None:
 
 def test_a_wrong_stage_lists_the_stages_and_the_nearest() -> None:
     row = phase(train={"from": "block.1"}, backbone_lr=0.1)
-    with pytest.raises(
-        UserError, match=r"its stages are stem, blocks.0, blocks.1, top.*Did you mean 'blocks.1'\?"
-    ):
+    with pytest.raises(UserError, match=r"its stages are stem, blocks.0, blocks.1, top.*Did you mean 'blocks.1'\?"):
         resolve(config([row]), STAGES, samples=17)
 
 
@@ -244,9 +238,7 @@ def test_what_decides_the_result_is_in_the_fingerprint(sections: dict[str, Any])
 def test_every_phase_is_in_the_fingerprint(change: dict[str, Any]) -> None:
     base, other = printed(config([THAW])), printed(config([THAW | change]))
     (key,) = change
-    assert f"phases[0].{key}: {THAW.get(key, getattr(Phase(**THAW), key))} -> {change[key]}" in differences(
-        base, other
-    )
+    assert f"phases[0].{key}: {THAW.get(key, getattr(Phase(**THAW), key))} -> {change[key]}" in differences(base, other)
 
 
 def test_the_data_is_in_the_fingerprint() -> None:

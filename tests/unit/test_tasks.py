@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from packing import column, packed, table
 
-from lit_transfer.data.labels import strata
+from lit_transfer.data.packing.labels import strata
 from lit_transfer.errors import UserError
 
 
@@ -27,9 +27,7 @@ def test_several_class_columns_and_display_names(tmp_path: Path) -> None:
         packed(file, tmp_path / "other", display_names=str(names), **options)
     with pytest.raises(UserError, match="does not have one list of classes"):
         packed(file, tmp_path / "other", classes=["x", "y"], **options)
-    with pytest.raises(
-        UserError, match=r"no label column 'aa'; its columns are path, a, b. Did you mean 'a'"
-    ):
+    with pytest.raises(UserError, match=r"no label column 'aa'; its columns are path, a, b. Did you mean 'a'"):
         packed(file, tmp_path / "other", labels=["aa"])
 
 

@@ -21,9 +21,7 @@ from lit_transfer.tracking import ENVIRONMENT, MetricsFile, Recorder, Run, commi
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert all(None not in row and None not in row.values() for row in rows), (
-        "every row has the header's columns"
-    )
+    assert all(None not in row and None not in row.values() for row in rows), "every row has the header's columns"
     return rows
 
 

@@ -91,9 +91,7 @@ def test_wrapped_and_prefixed_names(tmp_path: Path, key: str) -> None:
     torch.save({key: {f"module.{name}": t for name, t in tensors.items()}, "epoch": 3}, path)
     model = Model(backbone=TINY, weights=f"file:{path}", strip_prefix="module.", drop=[])
     assert_same(build_net(model).net, tensors)
-    with pytest.raises(
-        UserError, match=r"begins with 'net\.' \(model\.strip_prefix\); the first is module\."
-    ):
+    with pytest.raises(UserError, match=r"begins with 'net\.' \(model\.strip_prefix\); the first is module\."):
         build_net(Model(backbone=TINY, weights=f"file:{path}", strip_prefix="net."))
 
 
@@ -112,9 +110,7 @@ def test_what_does_not_match_is_listed_once(tmp_path: Path) -> None:
 
 
 def test_a_long_list_is_cut_at_ten(tmp_path: Path) -> None:
-    tensors = {
-        name: t for name, t in random_net(RESNET).state_dict().items() if not name.startswith("layer4")
-    }
+    tensors = {name: t for name, t in random_net(RESNET).state_dict().items() if not name.startswith("layer4")}
     with pytest.raises(UserError) as caught:
         build_net(Model(backbone=RESNET, weights=saved(tmp_path, tensors)))
     assert "30 missing" in str(caught.value) and str(caught.value).count("layer4") == 10
@@ -138,9 +134,7 @@ def test_a_head_of_another_width_is_dropped_and_never_accepted(tmp_path: Path) -
     tensors["fc.weight"], tensors["fc.bias"] = torch.zeros(7, 512), torch.zeros(7)
     place = saved(tmp_path, tensors)
     build_net(Model(backbone=RESNET, weights=place))
-    with pytest.raises(
-        UserError, match=r"2 of another shape: .*fc.weight \[7, 512\] instead of \[1000, 512\]"
-    ):
+    with pytest.raises(UserError, match=r"2 of another shape: .*fc.weight \[7, 512\] instead of \[1000, 512\]"):
         build_net(Model(backbone=RESNET, weights=place, drop=[]))
 
 
@@ -197,18 +191,14 @@ def test_position_embeddings_are_resampled_only_on_request(tmp_path: Path) -> No
     name = "timm/vit_tiny_patch16_224"
     tensors = random_net(name, seed=1, image_size=32).state_dict()
     place = saved(tmp_path, tensors)
-    with pytest.raises(
-        UserError, match=r"pos_embed \[1, 5, 192\] instead of \[1, 17, 192\].*resample \[pos_embed\]"
-    ):
+    with pytest.raises(UserError, match=r"pos_embed \[1, 5, 192\] instead of \[1, 17, 192\].*resample \[pos_embed\]"):
         build_net(Model(backbone=name, weights=place), image_size=64)
     net = build_net(Model(backbone=name, weights=place, resample=["pos_embed"]), image_size=64).net
     new, old = net.state_dict()["pos_embed"], tensors["pos_embed"]
     assert new.shape == (1, 17, 192) and torch.equal(new[:, 0], old[:, 0])
     corners = new[:, 1:].reshape(4, 4, 192)[::3, ::3].reshape(4, 192)
     assert torch.cosine_similarity(corners, old[0, 1:]).min() > 0.9
-    assert_same(
-        net, {key: t for key, t in tensors.items() if key != "pos_embed" and not key.startswith("head")}
-    )
+    assert_same(net, {key: t for key, t in tensors.items() if key != "pos_embed" and not key.startswith("head")})
     with pytest.raises(
         UserError, match=r"for images of 224 pixels, but image.size is 64.*model.resample \[pos_embed\]"
     ):
@@ -226,9 +216,7 @@ def test_weights_of_an_earlier_run(tmp_path: Path) -> None:
     saved(tmp_path, tensors, "model/weights.safetensors")
     model = Model(backbone=RESNET, weights=f"run:{tmp_path}", last_stage="layer3")
     assert_same(build_backbone(model, image_size=32), run.state_dict())
-    earlier = build_backbone(
-        Model(backbone=RESNET, weights=f"run:{tmp_path}", last_stage="layer2"), image_size=32
-    )
+    earlier = build_backbone(Model(backbone=RESNET, weights=f"run:{tmp_path}", last_stage="layer2"), image_size=32)
     assert_same(earlier, {n: t for n, t in run.state_dict().items() if not n.startswith("net.layer3")})
     with pytest.raises(UserError, match=r"30 missing: layer4\.0\.conv1\.weight"):
         build_backbone(Model(backbone=RESNET, weights=f"run:{tmp_path}"), image_size=32)

@@ -14,7 +14,7 @@ from typing import TypeVar
 from PIL import Image
 
 from lit_transfer.data.decode import DecodeError, is_plain, load, scaled_size, to_rgb
-from lit_transfer.data.items import Item, Pack
+from lit_transfer.data.packing.items import Item, Pack
 
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _FORMATS = {extension: name for name, extension in _EXTENSIONS.items()}
@@ -41,11 +41,7 @@ def to_picture(item: Item, pack: Pack) -> Picture | str:
             return _encode(to_rgb(given), pack)
         image = load(given)
         extension = _EXTENSIONS.get(image.format or "", "")
-        if (
-            pack.image_format in ("keep", extension)
-            and is_plain(image, given)
-            and not _too_large(image, pack)
-        ):
+        if pack.image_format in ("keep", extension) and is_plain(image, given) and not _too_large(image, pack):
             return _picture(given, extension, image)
         return _encode(to_rgb(image), pack)
     except DecodeError as error:

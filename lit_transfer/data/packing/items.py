@@ -58,17 +58,13 @@ class Pack:
 
     def __post_init__(self) -> None:
         total = math.fsum(self.splits.values())
-        require(
-            bool(self.splits), "splits is empty; give a share per split, such as {train: 0.8, test: 0.2}."
-        )
+        require(bool(self.splits), "splits is empty; give a share per split, such as {train: 0.8, test: 0.2}.")
         require(abs(total - 1) < 1e-6, f"splits {self.splits} sum to {total:g}; the shares must sum to 1.")
         for name, share in self.splits.items():
             require_split_name(name, "splits")
             require(share > 0, f"splits.{name} {share} is not positive; leave the split out instead.")
         require(1 <= self.quality <= 100, f"quality {self.quality} is outside 1 to 100.")
-        require(
-            self.short_side is None or self.short_side >= 1, f"short_side {self.short_side} is under 1 pixel."
-        )
+        require(self.short_side is None or self.short_side >= 1, f"short_side {self.short_side} is under 1 pixel.")
         require(self.shard_bytes >= 1, f"shard_bytes {self.shard_bytes} is under 1.")
         require(self.workers >= 1, f"workers {self.workers} is under 1.")
         require(

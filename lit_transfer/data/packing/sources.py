@@ -10,8 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_transfer.data.decode import EXTENSIONS
-from lit_transfer.data.items import Item, Listing, Pack, Source, check_splits, choose_labels, make_item, utf8
-from lit_transfer.data.names import natural_key, refuse_twins
+from lit_transfer.data.packing.items import (
+    Item,
+    Listing,
+    Pack,
+    Source,
+    check_splits,
+    choose_labels,
+    make_item,
+    utf8,
+)
+from lit_transfer.data.packing.names import natural_key, refuse_twins
 from lit_transfer.errors import UserError, require
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -28,20 +37,14 @@ def open_folder(root: Path, pack: Pack) -> Source:
         pack.labels in (None, ["label"]),
         f"labels {pack.labels}: an image folder has one label, named 'label'.",
     )
-    top = [
-        entry.name for entry in sorted(root.iterdir()) if entry.is_dir() and not entry.name.startswith(".")
-    ]
+    top = [entry.name for entry in sorted(root.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
     found = [name for name in top if name in SPLIT_FOLDERS]
     has_splits = "train" in found and len(found) > 1
     if has_splits:
         stray = [name for name in top if name not in SPLIT_FOLDERS]
-        require(
-            not stray, f"'{root / stray[0] if stray else ''}' stands beside split folders; move it elsewhere."
-        )
+        require(not stray, f"'{root / stray[0] if stray else ''}' stands beside split folders; move it elsewhere.")
         canonical = [SPLIT_FOLDERS[name] for name in found]
-        require(
-            len(set(canonical)) == len(found), f"'{root}' has two folders for one split: {', '.join(found)}."
-        )
+        require(len(set(canonical)) == len(found), f"'{root}' has two folders for one split: {', '.join(found)}.")
     paths, ignored = _walk(root)
     classes = _classes(root, paths, found if has_splits else []) if pack.task != "none" else []
     items, sizes = [], []
@@ -137,9 +140,7 @@ def _classes(root: Path, paths: Sequence[Path], split_folders: Sequence[str]) ->
     filled = {path.relative_to(root).parts[: 1 + bool(split_folders)] for path in paths}
     loose = False
     for above in [root / name for name in split_folders] or [root]:
-        below = sorted(
-            entry.name for entry in above.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-        )
+        below = sorted(entry.name for entry in above.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         loose |= any(path.parent == above for path in paths)
         for name in below:
             require(

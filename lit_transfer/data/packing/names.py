@@ -12,11 +12,7 @@ from lit_transfer.errors import UserError
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sort key under which `class2` stands before `class10`."""
-    return [
-        (0, int(part), part) if part.isdecimal() else (1, 0, part)
-        for part in re.split(r"(\d+)", name)
-        if part
-    ]
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -48,7 +44,5 @@ def refuse_twins(names: Sequence[str], where: str) -> None:
     for name in names:
         same = number(name) if numeric else unicodedata.normalize("NFC", name).strip()
         if same in seen:
-            raise UserError(
-                f"{where} has two classes with one name, {seen[same]!a} and {name!a}; merge or rename one."
-            )
+            raise UserError(f"{where} has two classes with one name, {seen[same]!a} and {name!a}; merge or rename one.")
         seen[same] = name

@@ -14,10 +14,10 @@ from torch import nn
 
 from lit_transfer.config import Config
 from lit_transfer.data.decode import Preprocessing
-from lit_transfer.data.items import Pack
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.data.module import Samples, open_streams
-from lit_transfer.data.pack import pack
+from lit_transfer.data.packing.items import Pack
+from lit_transfer.data.packing.pack import pack
 from lit_transfer.evaluation import conclude
 from lit_transfer.model.backbone import build_backbone
 from lit_transfer.model.heads import build_head
@@ -62,9 +62,7 @@ def _digits() -> Any:
 def picture(index: int) -> Image.Image:
     """A digit, in turns in another mode, size and shape."""
     mode, size = SHAPES[index % len(SHAPES)]
-    image = Image.fromarray((_digits().images[index] * 15).astype("uint8")).resize(
-        size, Image.Resampling.NEAREST
-    )
+    image = Image.fromarray((_digits().images[index] * 15).astype("uint8")).resize(size, Image.Resampling.NEAREST)
     return image.point(lambda v: v * 256, "I").convert("I;16") if mode == "I;16" else image.convert(mode)
 
 

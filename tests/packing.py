@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lit_transfer.data.items import Pack
 from lit_transfer.data.manifest import Manifest
-from lit_transfer.data.pack import pack
+from lit_transfer.data.packing.items import Pack
+from lit_transfer.data.packing.pack import pack
 
 
 def draw(path: Path, seed: int = 0, size: tuple[int, int] = (12, 10), **options: Any) -> Path:

@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lit_transfer.data.items import Item, Listing, Pack, Source, check_splits, choose_labels, make_item
+from lit_transfer.data.packing.items import (
+    Item,
+    Listing,
+    Pack,
+    Source,
+    check_splits,
+    choose_labels,
+    make_item,
+)
 from lit_transfer.errors import UserError, require
 
 
@@ -96,8 +104,7 @@ def _reader(dataset: Any, i: int, lock: threading.Lock, where: str) -> Callable[
             return Path(image).read_bytes()
         require(
             isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (3,)),
-            f"{where}: 'image' is {_describe(image)};"
-            " give a PIL image, bytes, a path or uint8 [H, W] or [H, W, 3].",
+            f"{where}: 'image' is {_describe(image)}; give a PIL image, bytes, a path or uint8 [H, W] or [H, W, 3].",
         )
         return Image.fromarray(image)
 

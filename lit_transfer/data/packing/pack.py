@@ -16,9 +16,6 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-from lit_transfer.data.datasets import open_dataset
-from lit_transfer.data.items import Item, Listing, Pack, Source
-from lit_transfer.data.labels import Value, encode_labels, strata
 from lit_transfer.data.manifest import (
     CLASS_TASKS,
     FILE_NAME,
@@ -29,11 +26,14 @@ from lit_transfer.data.manifest import (
     Shard,
     write_manifest,
 )
-from lit_transfer.data.pictures import ordered, to_picture
-from lit_transfer.data.shards import Place, Sample, to_json, write_shards
-from lit_transfer.data.sources import open_folder, open_table
-from lit_transfer.data.splits import assign_splits, seeded_hash
-from lit_transfer.data.whole import whole_folder
+from lit_transfer.data.packing.datasets import open_dataset
+from lit_transfer.data.packing.items import Item, Listing, Pack, Source
+from lit_transfer.data.packing.labels import Value, encode_labels, strata
+from lit_transfer.data.packing.pictures import ordered, to_picture
+from lit_transfer.data.packing.shards import Place, Sample, to_json, write_shards
+from lit_transfer.data.packing.sources import open_folder, open_table
+from lit_transfer.data.packing.splits import assign_splits, seeded_hash
+from lit_transfer.data.packing.whole import whole_folder
 from lit_transfer.errors import UserError, nearest, require
 from lit_transfer.reading import to_plain
 
@@ -123,9 +123,7 @@ def _open(settings: Pack) -> Source:
 def _recorded(settings: Pack, source: Source) -> dict[str, Any]:
     """The settings that shape the dataset. Where it lies and how many threads pack it do not."""
     plain = {name: value for name, value in to_plain(settings).items() if name not in ("out", "workers")}
-    plain["source"] = (
-        Path(settings.source).resolve().name if Path(settings.source).exists() else settings.source
-    )
+    plain["source"] = Path(settings.source).resolve().name if Path(settings.source).exists() else settings.source
     if settings.display_names is not None:
         names = Path(settings.display_names)
         require(names.is_file(), f"display_names '{names}' does not exist.")
@@ -147,9 +145,7 @@ def _reuse(out: Path, recorded: dict[str, Any]) -> Packed:
         else f"{name} was {manifest.pack.get(name)!r}, now {recorded[name]!r}"
         for name in differing
     )
-    require(
-        not differing, f"out '{out}' was packed otherwise ({changes}); remove it or choose another --out."
-    )
+    require(not differing, f"out '{out}' was packed otherwise ({changes}); remove it or choose another --out.")
     return Packed(manifest=manifest, reused=True)
 
 
@@ -193,9 +189,7 @@ def _write(folder: Path, settings: Pack, plan: _Plan, progress: bool) -> _Writte
     with tqdm(total=len(plan.splits), unit=" pictures", desc="packing", disable=not progress) as bar:
         for split in sorted(set(plan.splits), key=_split_order):
             with closing(_samples(split, settings, plan, written.rejected, bar)) as samples:
-                for shard, places in write_shards(
-                    folder, split, samples, settings.shard_bytes, len(written.shards)
-                ):
+                for shard, places in write_shards(folder, split, samples, settings.shard_bytes, len(written.shards)):
                     written.shards.append(shard)
                     written.places.extend(places)
     written.rejected.sort()
@@ -269,9 +263,7 @@ def _table(plan: _Plan, places: Sequence[Place]) -> pa.Table:
             values = [getattr(place, name) for place in places]
         columns[name] = pa.array(values, kind)
     for label, column in zip(plan.labels, plan.values, strict=True):
-        columns[f"label.{label.name}"] = pa.array(
-            [column[place.row] for place in places], LABEL_TYPES[plan.task]
-        )
+        columns[f"label.{label.name}"] = pa.array([column[place.row] for place in places], LABEL_TYPES[plan.task])
     for name in plan.listing.items[0].meta:
         columns[f"meta.{name}"] = pa.array([item.meta[name] for item in items], pa.string())
     return pa.table(columns)

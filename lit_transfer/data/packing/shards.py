@@ -14,7 +14,7 @@ from typing import Any
 from webdataset.writer import TarWriter
 
 from lit_transfer.data.manifest import Shard
-from lit_transfer.data.pictures import Picture
+from lit_transfer.data.packing.pictures import Picture
 
 # Everything that tar would else take from the clock or the account.
 _FIXED = {"mtime": 0, "user": "lit_transfer", "group": "lit_transfer", "mode": 0o644, "encoder": False}
@@ -80,9 +80,7 @@ def _members(sample: Sample) -> dict[str, Any]:
 
 def _without_bytes(sample: Sample) -> Sample:
     known = sample.picture
-    bare = Picture(
-        data=b"", extension=known.extension, hash=known.hash, width=known.width, height=known.height
-    )
+    bare = Picture(data=b"", extension=known.extension, hash=known.hash, width=known.width, height=known.height)
     return Sample(row=sample.row, key=sample.key, picture=bare, beside={})
 
 
@@ -112,9 +110,7 @@ def _index(path: Path, split: str, held: Sequence[Sample], number: int) -> tuple
                     height=sample.picture.height,
                 )
             )
-    shard = Shard(
-        name=path.name, split=split, sha256=sha.hexdigest(), bytes=path.stat().st_size, samples=len(held)
-    )
+    shard = Shard(name=path.name, split=split, sha256=sha.hexdigest(), bytes=path.stat().st_size, samples=len(held))
     return shard, places
 
 
