@@ -47,7 +47,7 @@ Curve = tuple[float, str, Tensor, Tensor]
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure whole or not at all; the suffix of `path` is the format."""
     with replacing(Path(path)) as temporary:
-        figure.savefig(temporary)
+        figure.savefig(temporary, bbox_inches="tight", pad_inches=0.12)
 
 
 @STYLE
