@@ -166,6 +166,7 @@ def wandb_logger(config: Config, run: Run) -> WandbLogger | None:
     offline = mode == "offline" or (mode == "auto" and not os.environ.get("WANDB_API_KEY"))
     os.environ.setdefault("WANDB_SILENT", "true")
     record = {key: run.record[key] for key in ("commit", "versions")}
+    record["dataset_digest"] = run.record["fingerprint"]["data"]["train"]["digest"]
     return WandbLogger(
         project=config.tracking.project,
         entity=config.tracking.entity,

@@ -220,13 +220,14 @@ def test_wandb_is_offline_without_a_key(
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setattr(tracking, "WandbLogger", lambda **settings: settings)
     settings = config(tmp_path, tracking={"wandb": mode, "project": "p", "tags": ["t"]})
-    run = opened(settings, {"seed": 0})
+    run = opened(settings, {"seed": 0, "data": {"train": {"digest": "d1"}}})
     made: Any = wandb_logger(settings, run)
     if offline is None:
         assert made is None
         return
     assert (made["offline"], made["id"], made["project"], made["tags"]) == (offline, run.id, "p", ["t"])
     assert made["config"]["commit"] == run.record["commit"] and made["config"]["seed"] == 0
+    assert made["config"]["dataset_digest"] == "d1"
 
 
 def test_a_resumed_phase_counts_the_whole_of_its_work(tmp_path: Path) -> None:
