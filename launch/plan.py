@@ -32,8 +32,8 @@ from lit_transfer.model.memory import Memory, phase_memory
 from lit_transfer.model.network import Network
 from lit_transfer.objectives.losses import check_objective, class_weights, outputs
 from lit_transfer.phases.optim import build_optimizer
-from lit_transfer.phases.run import ranks_of
 from lit_transfer.phases.table import PhasePlan, expand, resolve
+from lit_transfer.phases.trainer import ranks_of
 from lit_transfer.reading import to_plain
 from lit_transfer.report import table
 

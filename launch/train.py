@@ -25,8 +25,9 @@ from lit_transfer.model.module import Stopped
 from lit_transfer.model.network import Network
 from lit_transfer.objectives.losses import check_objective, class_weights, outputs
 from lit_transfer.objectives.metrics import metric_names
-from lit_transfer.phases.run import Job, check_machine, run_phases
+from lit_transfer.phases.run import Job, run_phases
 from lit_transfer.phases.table import PhasePlan, check_metrics, differences, expand, fingerprint, resolve
+from lit_transfer.phases.trainer import check_machine
 from lit_transfer.tracking import ENVIRONMENT, open_run, wandb_logger
 
 

@@ -27,8 +27,9 @@ from lit_transfer.model.network import Network
 from lit_transfer.model.portable import Description, save_portable
 from lit_transfer.objectives.decisions import choose_threshold, decide
 from lit_transfer.objectives.metrics import confusion, metrics, per_class
-from lit_transfer.phases.run import Job, PhaseResult, predict_stream, ranks_of
+from lit_transfer.phases.run import Job, PhaseResult
 from lit_transfer.phases.table import expand
+from lit_transfer.phases.trainer import predict_stream, ranks_of
 from lit_transfer.reading import to_plain
 from lit_transfer.report import contact_sheet, plot_confusion, plot_curves, plot_predictions, plot_roc
 

@@ -12,11 +12,8 @@ How a run that was stopped goes on, in this order:
 
 from __future__ import annotations
 
-import inspect
 import json
-import logging
 import signal
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,27 +23,18 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.strategies import DDPStrategy, Strategy
 from safetensors.torch import load_file, save
-from torch.nn.parallel import DistributedDataParallel
 
 from lit_transfer.config import Config
-from lit_transfer.config import Trainer as TrainerConfig
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.module import ImageData, Samples
-from lit_transfer.errors import require
 from lit_transfer.files import replacing, write_json
-from lit_transfer.model.module import Predictions, TransferModule
+from lit_transfer.model.module import TransferModule
 from lit_transfer.model.network import Network
 from lit_transfer.phases.optim import build_optimizer, set_lr
 from lit_transfer.phases.table import PhasePlan
+from lit_transfer.phases.trainer import make_trainer
 from lit_transfer.tracking import MetricsFile, Recorder, Run
-
-_SYNC_BUFFERS = (  # the same switch, renamed in torch 2.15
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
 
 
 class StopSignal:
@@ -110,68 +98,6 @@ class PhaseResult:
     images_per_s: float
     data_wait_share: float
     reason: str
-
-
-def ranks_of(config: TrainerConfig) -> int:
-    """Ranks over all nodes, as the config asks for on this machine."""
-    per_node = 1 if config.accelerator == "cpu" else max(1, torch.cuda.device_count())
-    return (per_node if config.devices == "auto" else config.devices) * config.num_nodes
-
-
-def check_machine(config: TrainerConfig) -> bool:
-    """Whether the run is computed on GPUs.
-
-    Raises:
-        UserError: a precision or an accelerator that this machine does not have.
-    """
-    on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
-    require(
-        on_gpu or config.accelerator != "gpu",
-        "trainer.accelerator is gpu but no GPU is visible; use auto or cpu.",
-    )
-    require(
-        on_gpu or config.precision != "16-mixed",
-        "trainer.precision 16-mixed needs a GPU and none is visible; use bf16-mixed or 32.",
-    )
-    return on_gpu
-
-
-def make_trainer(config: TrainerConfig, **settings: Any) -> pl.Trainer:
-    """A fresh Trainer; DDP wraps anew in each, which is what makes thawing right on several ranks."""
-    on_gpu = check_machine(config)
-    _quiet()
-    strategy: Strategy | str = "auto"
-    if ranks_of(config) > 1 or config.strategy == "ddp":
-        # Buffers are equal on all ranks already (frozen, or shared before each validation): see model/module.py.
-        unsynced: dict[str, Any] = {_SYNC_BUFFERS: False}
-        strategy = DDPStrategy(**unsynced)
-    precision: Any = {"32": "32-true"}.get(config.precision, config.precision)
-    return pl.Trainer(
-        accelerator="gpu" if on_gpu else "cpu",
-        devices=config.devices if config.devices != "auto" or on_gpu else 1,
-        num_nodes=config.num_nodes,
-        strategy=strategy,
-        precision=precision,
-        deterministic=config.deterministic,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        **settings,
-    )
-
-
-def _quiet() -> None:
-    """Keep Lightning's banners, and warnings about what is meant here, out of the terminal."""
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        r".*module\(s\) in eval mode at the start of training",  # frozen stages are
-        r".*does not have many workers",  # data.workers is the user's choice
-        r".*isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.15
-        r".*Checkpoint directory .* exists and is not empty",  # a resumed phase
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def improves_downwards(metric: str) -> bool:
@@ -329,29 +255,3 @@ def _finish(folder: Path, network: Network, result: PhaseResult) -> None:
         temporary.write_bytes(save(state))  # save_file would make it unreadable for the rest of the group
     write_json(folder / "done.json", asdict(result))
     print(f"phase {result.name} ended after {result.epochs} epochs: {result.reason}", flush=True)
-
-
-def predict_stream(
-    config: TrainerConfig, module: TransferModule, samples: Samples, *, global_batch: int, workers: int
-) -> Predictions:
-    """What a network says of every sample of a stream, each once; every rank must call it, every rank gets all."""
-    data = ImageData(
-        {"val": samples},
-        module.preprocessing,
-        seed=0,
-        global_batch=global_batch,
-        first_epoch=0,
-        workers=workers,
-    )
-    callbacks: list[pl.Callback] = [TQDMProgressBar()] if config.progress else []
-    trainer = make_trainer(
-        config,
-        logger=False,
-        enable_checkpointing=False,
-        callbacks=callbacks,
-        enable_progress_bar=config.progress,
-    )
-    trainer.validate(module, datamodule=data, verbose=False)
-    module.cpu()
-    assert module.predictions is not None, "validation gathers them"
-    return module.predictions
