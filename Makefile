@@ -13,10 +13,10 @@ quickstart: $(STAMP)
 
 # One thread a process: the two workers and the ranks that tests start share the cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-full: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --full
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --full
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -32,4 +32,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv data runs .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

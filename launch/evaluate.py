@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,11 +12,12 @@ from pathlib import Path
 
 from lit_transfer.config import Config, Stream
 from lit_transfer.config import Trainer as TrainerConfig
-from lit_transfer.data.manifest import Manifest
-from lit_transfer.data.module import Samples, open_stream
+from lit_transfer.data.manifest import FILE_NAME
+from lit_transfer.data.module import Samples, check_same_labels, open_stream
 from lit_transfer.errors import UserError, require
 from lit_transfer.evaluation import Evaluation, check_column, predict_samples, write_report
 from lit_transfer.launch import run as run_verb
+from lit_transfer.launch.options import Parser
 from lit_transfer.model import portable
 from lit_transfer.phases.table import expand
 from lit_transfer.reading import load
@@ -23,7 +25,7 @@ from lit_transfer.report import table
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="lit-transfer evaluate", description=__doc__)
+    parser = Parser(prog="lit-transfer evaluate", description=__doc__)
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="directory of a finished run")
     parser.add_argument("--split", metavar="NAME", help="stream of the run, or split; default: test, else val")
     parser.add_argument("--manifest", metavar="DIR", help="another dataset with the run's task and classes")
@@ -34,39 +36,52 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, metavar="N", help="samples per step, over all ranks")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="ranks; default: 1")
     parser.add_argument("--precision", choices=("32", "bf16-mixed", "16-mixed"), help="default: the run's")
-    return parser.parse_args(argv)
+    options: argparse.Namespace = parser.parse_args(argv)
+    return options
+
+
+def streams_of(config: Config) -> dict[str, Stream]:
+    """The streams that a config names."""
+    named = {"train": config.data.train, "val": config.data.val, "test": config.data.test}
+    return {name: stream for name, stream in named.items() if stream is not None}
 
 
 def stream_of(config: Config, manifest: str | None, split: str | None) -> tuple[str, Stream]:
     """What to measure on, and its name: a stream of the run, or a split of its dataset or of another one."""
-    named = {"test": config.data.test, "val": config.data.val, "train": config.data.train}
-    held_out = next((name for name in ("test", "val") if named[name] is not None), None)
+    named = streams_of(config)
+    held_out = next((name for name in ("test", "val") if name in named), None)
     name = split or held_out
     if manifest is not None:
-        known = named["train" if held_out is None else held_out]
-        assert known is not None, "every run has data.train"
-        place = split or known.split
+        place = split or named[held_out or "train"].split
         return f"{Path(manifest).resolve().name}-{place}", Stream(manifest=manifest, split=place)
     if name is None:
         raise UserError("the run has neither data.test nor data.val; name a split with --split.")
     return name, named.get(name) or Stream(manifest=config.data.train.manifest, split=name)
 
 
-def check_labels(manifest: Manifest, label: str | None, model: portable.TransferModel) -> None:
-    """Refuse a dataset whose task or classes are not those of the model."""
+def open_own(run: Path, config: Config, stream: Stream, label: str | None) -> Samples:
+    """A stream of the run's own datasets, as they were when it was trained.
+
+    Raises:
+        UserError: the dataset is not there, or is another one by now.
+    """
+    place, record = stream.manifest, run / "run.json"
     require(
-        manifest.task == model.task,
-        f"{manifest.path} is a {manifest.task} dataset but the run's model is {model.task}; "
-        "use a dataset of that task.",
+        (Path(place) / FILE_NAME).is_file(),
+        f"the run's dataset '{place}' is not here (a relative path counts from {Path.cwd()}); say where it is "
+        "with --manifest DIR.",
     )
-    classes = manifest.classes(label)
-    missing = [c for c in model.classes if c not in classes]
-    extra = [c for c in classes if c not in model.classes]
+    require(record.is_file(), f"{record} does not exist, so the run's dataset is unknown; name one with --manifest.")
+    known = json.loads(record.read_text())["fingerprint"]["data"]
+    digests = {named.manifest: known[name]["digest"] for name, named in streams_of(config).items()}
+    samples = open_stream(stream, label, config.seed)
+    found = samples.manifest.digest
     require(
-        classes == model.classes,
-        f"{manifest.path} does not have the classes or columns of the run's model in the same order: "
-        f"missing {missing}, extra {extra}; prepare it with the same classes.",
+        found == digests[place],
+        f"'{place}' is not the run's dataset any more: its digest is {found[:12]}, the run's {digests[place][:12]}; "
+        f"pack it again as it was, or measure it as another dataset with --manifest {place}.",
     )
+    return samples
 
 
 def evaluate(config: Config, model: portable.TransferModel, samples: Samples, batch: int) -> Evaluation:
@@ -93,12 +108,16 @@ def main(argv: Sequence[str]) -> int:
     )
     workers = config.data.workers if options.workers is None else options.workers
     batch = expand(config)[-1].global_batch if options.batch is None else options.batch
-    require(batch >= 1, f"--batch {batch} is under 1.")
+    require(batch >= 1, f"--batch {batch} is under 1; give 1 or more.")
     config = replace(config, trainer=trainer, data=replace(config.data, workers=workers))
 
     name, stream = stream_of(config, options.manifest, options.split)
-    samples = open_stream(stream, model.info.label, config.seed)
-    check_labels(samples.manifest, model.info.label, model)
+    label = model.info.label
+    if options.manifest is None:
+        samples = open_own(options.run, config, stream, label)
+    else:
+        samples = open_stream(stream, label, config.seed)
+    check_same_labels(stream.manifest, samples.manifest, label, "the run's model", model.task, model.classes)
     if options.by is not None:
         check_column(samples, options.by)
     evaluation = evaluate(config, model, samples, batch)

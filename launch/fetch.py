@@ -1,6 +1,6 @@
 """`lit-transfer fetch --config FILE [--section.key VALUE ...]`: bring every weight a config needs.
 
-Run it where there is a network. The weights are loaded once, so that what does not match shows here.
+Run it where there is a network. The weights are loaded once, so that what does not match shows.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import textwrap
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import torch
 import yaml
 from torch import nn
 
@@ -22,17 +22,20 @@ from lit_transfer.config import Augment, Config
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.manifest import FILE_NAME
 from lit_transfer.data.module import Samples, open_streams
+from lit_transfer.data.plan import share
 from lit_transfer.errors import UserError, require
 from lit_transfer.launch import run
-from lit_transfer.launch.options import read_config
+from lit_transfer.launch.options import Parser, read_config
 from lit_transfer.model.augment import settle_image
 from lit_transfer.model.backbone import build_backbone
 from lit_transfer.model.heads import build_head
 from lit_transfer.model.memory import Memory, phase_memory
 from lit_transfer.model.network import Network
+from lit_transfer.model.weights import find
 from lit_transfer.objectives.losses import check_objective, class_weights, outputs
+from lit_transfer.objectives.metrics import metric_names
 from lit_transfer.phases.optim import build_optimizer
-from lit_transfer.phases.table import PhasePlan, expand, resolve
+from lit_transfer.phases.table import PhasePlan, check_metrics, expand, resolve
 from lit_transfer.phases.trainer import ranks_of
 from lit_transfer.reading import to_plain
 from lit_transfer.report import table
@@ -64,12 +67,12 @@ class Step:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0, or 2 for a fault of the input."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(prog="lit-transfer plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--samples")
     parser.add_argument("--classes")
     parser.add_argument("--expand", action="store_true")
     own, rest = parser.parse_known_args(argv)
-    config = read_config(rest, "lit-transfer plan", __doc__)
+    config: Config = read_config(rest or argv, "lit-transfer plan", __doc__)
     if own.expand:
         print(expanded(config), end="")
     else:
@@ -102,7 +105,9 @@ def described(config: Config, samples: int | None = None, classes: int | None = 
     head = build_head(config.model.head, backbone.features, width, config.seed)
     network = Network(backbone, head.to("meta"))
     image, preprocessing = settle_image(config.image, backbone.image)
-    config = replace(config, image=image, phases=expand(config))
+    phases = expand(config)
+    config = replace(config, image=image, phases=phases)
+    check_metrics(config, phases, metric_names(dataset.task, len(dataset.classes)))
     plans = resolve(config, backbone.stage_names, dataset.samples)
     steps = [_step(config, network, plan, preprocessing, dataset.samples) for plan in plans]
     blocks = [
@@ -134,14 +139,15 @@ def read_dataset(config: Config, samples: int | None, classes: int | None) -> Da
             f"data.train.manifest '{place}' holds no dataset; make it with lit-transfer prepare, or plan "
             "with --samples N (and --classes K)."
         )
-    classes = classes or 2
-    used = math.ceil(config.data.train.fraction * samples)
+    names = tuple(f"class {i}" for i in range(classes or 2))
+    class_weights(config.objective, torch.arange(len(names)), "multiclass", names)
+    used = share(samples, config.data.train.fraction)
     part = "" if used == samples else f", of which data.train.fraction leaves {used:,}"
     told = (
         f"Data: {place} is not there yet\n"
-        f"assumed: {samples:,} training samples{part}; task multiclass, {classes} classes"
+        f"assumed: {samples:,} training samples{part}; task multiclass, {len(names)} classes"
     )
-    return Dataset("multiclass", tuple(f"class {i}" for i in range(classes)), used, told)
+    return Dataset("multiclass", names, used, told)
 
 
 def _step(config: Config, network: Network, plan: PhasePlan, preprocessing: Preprocessing, samples: int) -> Step:
@@ -198,7 +204,18 @@ def _stages(config: Config, network: Network, steps: Sequence[Step]) -> str:
     return (
         f"Network: {config.model.backbone}, weights {config.model.weights}\n{_aligned(rows)}\n"
         f"{sum(counts.values()):,} parameters in all; the head reads {backbone.features:,} features"
+        + _missing_weights(config.model.weights)
     )
+
+
+def _missing_weights(weights: str) -> str:
+    """Why `train` would not start yet: weights that lie in no place it looks for them."""
+    try:
+        if weights not in ("pretrained", "none"):
+            find(weights)
+    except UserError as error:
+        return "\n" + textwrap.fill(f"train would refuse this yet: {error}", 100)
+    return ""
 
 
 def _phases(network: Network, steps: Sequence[Step]) -> str:

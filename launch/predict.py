@@ -24,8 +24,9 @@ from tqdm import tqdm
 from lit_transfer.data.decode import EXTENSIONS, DecodeError
 from lit_transfer.data.packing.names import natural_key
 from lit_transfer.errors import require
-from lit_transfer.files import write_text
+from lit_transfer.files import finite_or_null, write_text
 from lit_transfer.launch import run as run_verb
+from lit_transfer.launch.options import Parser
 from lit_transfer.model import portable
 from lit_transfer.model.portable import Prediction, TransferModel
 from lit_transfer.report import table
@@ -45,14 +46,15 @@ class Row:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="lit-transfer predict", description=__doc__)
+    parser = Parser(prog="lit-transfer predict", description=__doc__)
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="finished run, or its model folder")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder (with all below) or pattern")
     parser.add_argument("--top", type=int, default=3, metavar="K", help="names per picture; default: 3")
     parser.add_argument("--format", choices=tuple(WRITERS), default="table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of printing")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="pictures at once; default: 16")
-    return parser.parse_args(argv)
+    options: argparse.Namespace = parser.parse_args(argv)
+    return options
 
 
 def find_images(argument: str) -> list[Path]:
@@ -68,7 +70,7 @@ def find_images(argument: str) -> list[Path]:
 
 
 def rows(model: TransferModel, arguments: Sequence[str], batch: int) -> Iterator[Row]:
-    """A row for each picture, in the order of the arguments."""
+    """A row for each argument that names no picture, then one for each picture, in the order of the arguments."""
     found = [(argument, find_images(argument)) for argument in arguments]
     paths = list(dict.fromkeys(path for _, images in found for path in images))
     for argument, images in found:
@@ -161,8 +163,9 @@ def as_csv(found: Sequence[Row], model: TransferModel, top: int) -> str:
 
 
 def as_json(found: Sequence[Row], model: TransferModel, top: int) -> str:
-    """A list of objects; `prediction` is a name, a list of labels, or values by target."""
-    return json.dumps([_plain(row, model, top) for row in found], indent=2, ensure_ascii=False) + "\n"
+    """A list of objects; `prediction` is a name, a list of labels, or values by target; NaN is null."""
+    plain = finite_or_null([_plain(row, model, top) for row in found])
+    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _plain(row: Row, model: TransferModel, top: int) -> dict[str, Any]:
@@ -188,8 +191,8 @@ WRITERS = {"table": as_table, "csv": as_csv, "json": as_json}
 def main(argv: Sequence[str]) -> int:
     """Exit status 0, 1 if any picture could not be read, 2 for a fault of the input."""
     options = _arguments(argv)
-    require(options.top >= 1, f"--top {options.top} is under 1.")
-    require(options.batch >= 1, f"--batch {options.batch} is under 1.")
+    require(options.top >= 1, f"--top {options.top} is under 1; give 1 or more.")
+    require(options.batch >= 1, f"--batch {options.batch} is under 1; give 1 or more.")
     model = portable.load(options.run).to("cuda" if torch.cuda.is_available() else "cpu")
     found = list(rows(model, options.images, options.batch))
     text = WRITERS[options.format](found, model, options.top)

@@ -1,43 +1,27 @@
-"""Pack an image folder, a CSV or TSV, or a map-style dataset into WebDataset shards and a manifest.
+"""`lit-transfer prepare [--config FILE] [--source SRC --out DIR] [--key VALUE ...]`: pack pictures.
 
-lit-transfer prepare --source SRC --out DIR [--key value ...]
-lit-transfer prepare --config FILE.yaml [--key value ...]
+An image folder, a CSV or TSV, or a map-style dataset becomes WebDataset shards and a manifest.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 import time
 from collections.abc import Sequence
 
 from lit_transfer.data.packing.items import Pack
 from lit_transfer.data.packing.pack import Packed, pack
-from lit_transfer.errors import require
 from lit_transfer.launch import run
-from lit_transfer.reading import load, override, parse
+from lit_transfer.launch.options import read_config
 
 
 def main(argv: Sequence[str]) -> int:
     """Pack what the arguments say and print a summary; 0, or a `UserError`."""
-    if not argv or {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\n{inspect.getdoc(Pack)}")
-        return 0
-    settings = read_settings(argv)
+    settings: Pack = read_config(argv, "lit-transfer prepare", __doc__, Pack, needs_file=False)
     start = time.perf_counter()
     packed = pack(settings, progress=True)
     print(summary(packed, time.perf_counter() - start))
     return 0
-
-
-def read_settings(argv: Sequence[str]) -> Pack:
-    """The settings of `--config FILE`, if given, with every `--key VALUE` applied."""
-    arguments = list(argv)
-    if "--config" not in arguments:
-        return parse(Pack, override({}, arguments))
-    place = arguments.index("--config")
-    require(place + 1 < len(arguments), "--config needs a file.")
-    return load(arguments[place + 1], arguments[:place] + arguments[place + 2 :], Pack)
 
 
 def summary(packed: Packed, seconds: float) -> str:

@@ -131,7 +131,9 @@ class Augment:
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """Where and in which arithmetic the run is computed; none of it changes what is computed.
+    """Where and in which arithmetic the run is computed.
+
+    None of it changes which samples are seen and in which order; `precision` changes the figures.
 
     Args:
         accelerator: `auto` is the GPU if there is one.

@@ -9,6 +9,10 @@ from collections.abc import Sequence
 class UserError(ValueError):
     """A fault of the input: one sentence with value, rule and remedy. Printed without a traceback."""
 
+    def __init__(self, sentence: str) -> None:
+        # PyTorch makes a worker's error anew from the text of its traceback; the sentence is what follows the name.
+        super().__init__(sentence.rpartition("UserError: ")[2].strip())
+
 
 def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless the condition holds."""

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +144,12 @@ def check_column(samples: Samples, column: str) -> None:
 def predict_samples(
     config: Config, network: Network, samples: Samples, preprocessing: Preprocessing, batch: int
 ) -> Predictions:
-    """What a network says of a stream, on the config's ranks and workers; every rank must call it."""
+    """What a network says of a stream in 32-bit precision, as the portable model computes it, on the config's ranks
+    and workers; every rank must call it.
+    """
     module = TransferModule(network, task=samples.manifest.task, preprocessing=preprocessing)
-    return predict_stream(config.trainer, module, samples, global_batch=batch, workers=config.data.workers)
+    trainer = replace(config.trainer, precision="32")
+    return predict_stream(trainer, module, samples, global_batch=batch, workers=config.data.workers)
 
 
 def write_report(folder: Path, evaluation: Evaluation, figures: dict[str, Any], curves: Path) -> list[Path]:

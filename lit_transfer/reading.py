@@ -130,6 +130,7 @@ def _item(node: Any, key: str, dotted: str) -> Any:
     return node[key]
 
 
+_SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _NAMES = {
     int: "a whole number",
     float: "a number",
@@ -160,6 +161,8 @@ def _build(hint: Any, value: Any, path: str) -> Any:
     require(not (is_text and isinstance(value, float)), f"{path} is text, but {value} a number; quote it.")
     if is_text:
         return str(value)
+    if option is bool:
+        return _as_bool(value)
     return float(value) if option is float else value
 
 
@@ -176,7 +179,14 @@ def _fits(option: Any, value: Any) -> bool:
         return isinstance(value, str) or is_number
     if option in (int, float):
         return is_number and (option is float or isinstance(value, int))
+    if option is bool:
+        return _as_bool(value) is not None
     return option is Any or isinstance(value, option)
+
+
+def _as_bool(value: Any) -> bool | None:
+    """Where the type asks for true or false, the words of YAML 1.1 also mean them; elsewhere they stay text."""
+    return value if isinstance(value, bool) else _SWITCHES.get(value.lower()) if isinstance(value, str) else None
 
 
 def _words(option: Any) -> list[str]:

@@ -135,8 +135,9 @@ class Phase:
         weight_decay: of matrices and kernels; biases and normalisation weights have none.
         schedule: `constant`, or `warmup_cosine`: linear to the full rate, then a half cosine to zero.
         warmup_steps: steps of the linear part.
-        norm: `pretrained` keeps BatchNorm's running statistics in the trained stages; `batch` uses and
-            updates the batch's own (SyncBatchNorm on several GPUs), for training from scratch.
+        norm: `pretrained` keeps BatchNorm's running statistics in the trained stages; `batch` uses and updates the
+            batch's own, for training from scratch or pictures far from those of the pretraining. On several GPUs
+            that is SyncBatchNorm; on CPU ranks each has its own part of the batch, so the result depends on them.
         until: ends the phase early.
         restore_best: go on with the weights of the phase's best validation by `monitor`, not with its last.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import netrc
 import os
 import secrets
 import subprocess
@@ -14,6 +15,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytorch_lightning as pl
 import torch
@@ -163,7 +165,7 @@ def wandb_logger(config: Config, run: Run) -> WandbLogger | None:
     mode = config.tracking.wandb
     if mode == "off":
         return None
-    offline = mode == "offline" or (mode == "auto" and not os.environ.get("WANDB_API_KEY"))
+    offline = mode == "offline" or (mode == "auto" and not _has_wandb_key())
     os.environ.setdefault("WANDB_SILENT", "true")
     record = {key: run.record[key] for key in ("commit", "versions")}
     record["dataset_digest"] = run.record["fingerprint"]["data"]["train"]["digest"]
@@ -180,6 +182,17 @@ def wandb_logger(config: Config, run: Run) -> WandbLogger | None:
         resume="allow",
         config=to_plain(config) | record,
     )
+
+
+def _has_wandb_key() -> bool:
+    """Whether a key is in the environment, or where `wandb login` leaves it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class Recorder(pl.Callback):

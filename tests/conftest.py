@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
+from collections import defaultdict
 
 import pytest
 
@@ -26,10 +28,16 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a share, and at least one, of each matrix: a test's cases marked `full`, apart by the mark's arguments."""
     if config.getoption("--full"):
         return
-    full = [item for item in items if item.get_closest_marker("full")]
-    kept = set(random.Random(os.environ[SEED]).sample([item.nodeid for item in full], round(SHARE * len(full))))
-    left_out = [item for item in full if item.nodeid not in kept]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    matrices: defaultdict[str, list[str]] = defaultdict(list)
+    for item in items:
+        if mark := item.get_closest_marker("full"):
+            matrices[f"{item.nodeid.partition('[')[0]} {mark.args}"].append(item.nodeid)
+    left_out = set()
+    for matrix, cases in matrices.items():
+        draw = random.Random(f"{os.environ[SEED]} {matrix}")  # so a part of the tests has the sample of all
+        left_out |= {*cases} - {*draw.sample(cases, max(1, math.ceil(SHARE * len(cases))))}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left_out])
+    items[:] = [item for item in items if item.nodeid not in left_out]

@@ -66,15 +66,16 @@ def picture(index: int) -> Image.Image:
     return image.point(lambda v: v * 256, "I").convert("I;16") if mode == "I;16" else image.convert(mode)
 
 
-def digits(root: Path, task: str = "multiclass", count: int = 48, **options: Any) -> Manifest:
+def digits(root: Path, task: str = "multiclass", count: int = 48, weighted: bool = False, **options: Any) -> Manifest:
     """A packed dataset of digits in splits train, val and test, with the metadata column `digit`."""
     root.mkdir(parents=True)
-    lines = ["path,parity,step,odd,big,value,ink,digit"]
+    lines = ["path,parity,step,odd,big,value,ink,digit" + (",weight" if weighted else "")]
     for i in range(count):
         label = int(_digits().target[i])
         picture(i).save(root / f"{i}.png")
+        weight = f",{0.5 + i % 3}" if weighted else ""
         names = f"{('even', 'odd')[label % 2]},{label // 4},{label % 2},{int(label > 4) if i % 7 else ''}"
-        lines.append(f"{i}.png,{names},{label},{_digits().images[i].mean():.3f},{label}")
+        lines.append(f"{i}.png,{names},{label},{_digits().images[i].mean():.3f},{label}{weight}")
     (root / "digits.csv").write_text("\n".join(lines) + "\n")
     splits = {"train": 0.5, "val": 0.25, "test": 0.25}
     source, out = str(root / "digits.csv"), str(root / "packed")

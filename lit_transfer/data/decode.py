@@ -77,7 +77,7 @@ class DecodeError(Exception):
     """The picture cannot be decoded; the message is the reason, on one line."""
 
 
-def load(data: bytes) -> Image.Image:
+def open_picture(data: bytes) -> Image.Image:
     """The first frame of a picture file, in its own mode and orientation, wholly decoded.
 
     Raises:
@@ -118,7 +118,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def open_rgb(data: bytes) -> Image.Image:
     """Any picture file as upright 8-bit RGB; `DecodeError` if that cannot be."""
-    return to_rgb(load(data))
+    return to_rgb(open_picture(data))
 
 
 def is_plain(image: Image.Image, data: bytes) -> bool:

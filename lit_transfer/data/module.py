@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,7 @@ def open_stream(stream: Stream, label: str | None, seed: int) -> Samples:
     known = targets[rows] >= 0 if targets.ndim == 1 else ~np.isnan(targets[rows]).all(axis=1)
     labelled = rows[known]
     require(len(labelled) > 0, f"no sample of split '{stream.split}' of {stream.manifest} has a label.")
-    keep = plan.shuffled(labelled, manifest.digest, seed, "fraction")[: max(1, round(stream.fraction * len(labelled)))]
+    keep = plan.shuffled(labelled, manifest.digest, seed, "fraction")[: plan.share(len(labelled), stream.fraction)]
     weights = manifest.table["weight"].to_numpy()
     return Samples(manifest, np.sort(keep), targets, weights, len(rows) - len(labelled))
 
@@ -76,25 +77,38 @@ def open_streams(data: Data, seed: int) -> dict[str, Samples]:
     """Open `train`, and `val` and `test` where given; all must have the task and classes of `train`."""
     named = {"train": data.train, "val": data.val, "test": data.test}
     streams = {name: open_stream(stream, data.label, seed) for name, stream in named.items() if stream is not None}
+    train = streams["train"].manifest
     for name, samples in streams.items():
-        check_same_labels(f"data.{name}", samples.manifest, "data.train", streams["train"].manifest, data.label)
+        manifest, classes = samples.manifest, train.classes(data.label)
+        check_same_labels(f"data.{name}", manifest, data.label, "data.train", train.task, classes)
     return streams
 
 
-def check_same_labels(name: str, manifest: Manifest, other: str, expected: Manifest, label: str | None) -> None:
-    """Refuse a dataset whose task, label columns or classes are not those of another."""
+def check_same_labels(
+    name: str, manifest: Manifest, label: str | None, other: str, task: str, classes: tuple[str, ...]
+) -> None:
+    """Refuse a dataset whose task, label columns or classes are not those of another, or of a model.
+
+    Args:
+        name: of the dataset, for people.
+        manifest: the dataset.
+        label: its label column, where it has several.
+        other: what it must agree with, for people.
+        task: of that.
+        classes: of that, in order; for multilabel and regression the label columns.
+    """
     require(
-        manifest.task == expected.task,
-        f"{name} is a {manifest.task} dataset but {other} is {expected.task}; use datasets of one task.",
+        manifest.task == task,
+        f"{name} is a {manifest.task} dataset but {other} is {task}; use a dataset of that task.",
     )
-    ours, theirs = manifest.classes(label), expected.classes(label)
-    if ours != theirs:
-        missing = [c for c in theirs if c not in ours]
-        extra = [c for c in ours if c not in theirs]
-        raise UserError(
-            f"{name} and {other} do not have the same columns or classes in the same order: "
-            f"missing {missing}, extra {extra}; prepare both with the same classes."
-        )
+    ours = manifest.classes(label)
+    missing = [c for c in classes if c not in ours]
+    extra = [c for c in ours if c not in classes]
+    require(
+        ours == classes,
+        f"{name} and {other} do not have the same columns or classes in the same order: "
+        f"missing {missing}, extra {extra}; prepare the dataset with the same classes.",
+    )
 
 
 class SampleDataset(Dataset[dict[str, Tensor]]):
@@ -112,11 +126,9 @@ class SampleDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, batch: plan.Batch) -> dict[str, Tensor]:
         valid = batch.rows != plan.PADDING
-        rows = np.where(valid, batch.rows, self.samples.rows[0])
-        side = self.preprocessing.canvas
-        images = np.zeros((len(rows), 3, side, side), np.uint8)
-        for place in np.flatnonzero(valid):
-            images[place] = self._decode(int(rows[place]))
+        # A padded place repeats a picture: a black one would shift the statistics of `norm: batch`.
+        rows = np.where(valid, batch.rows, (batch.rows[valid] if valid.any() else self.samples.rows)[0])
+        images = np.stack([self._decode(int(row)) for row in rows])
         item = {
             "image": torch.from_numpy(images),
             "target": torch.from_numpy(self.samples.targets[rows]),
@@ -180,12 +192,15 @@ def loader(dataset: SampleDataset, sampler: PlanSampler, workers: int) -> DataLo
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_init_worker,
     )
 
 
-def _one_thread(_: int) -> None:
+def _init_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # A terminal and SLURM signal the whole process group; the ranks decide when to stop, and then end their workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class ImageData(pl.LightningDataModule):

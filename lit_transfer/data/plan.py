@@ -34,6 +34,11 @@ def shuffled(rows: Rows, digest: str, seed: int, epoch: int | str) -> Rows:
     return rows[np.argsort(words, kind="stable")]
 
 
+def share(samples: int, fraction: float) -> int:
+    """How many of a split's labelled samples a stream's `fraction` keeps: rounded, at least one."""
+    return max(1, round(fraction * samples))
+
+
 def steps_per_epoch(samples: int, global_batch: int) -> int:
     """Optimizer steps of one epoch; the last batch may be smaller."""
     return math.ceil(samples / global_batch)

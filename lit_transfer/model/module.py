@@ -149,7 +149,7 @@ class TransferModule(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """The same before a checkpoint, where no validation has done it; every rank must call it."""
-        if self.network.norm == "batch" and not self.trainer.enable_validation:
+        if self.network.norm == "batch" and not self.trainer.val_dataloaders:
             self._share_running_statistics()
 
     def on_validation_epoch_start(self) -> None:

@@ -57,7 +57,9 @@ class Network(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             images = self.backbone.run(images, 0, self.first_trained)
-        return self.head(self.backbone.run(images, self.first_trained, len(self.backbone.stages)))  # type: ignore[no-any-return]
+        features = self.backbone.run(images, self.first_trained, len(self.backbone.stages))
+        with torch.autocast(features.device.type, enabled=False):  # bf16 logits would fall on few distinct values
+            return self.head(features.float())  # type: ignore[no-any-return]
 
 
 def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

@@ -173,12 +173,23 @@ def save_portable(folder: Path, network: Network, info: Description) -> None:
         write_json(temporary / DESCRIPTION, plain)
         write_text(temporary / CARD, model_card(plain, folder))
         _copy_architecture(info.model.backbone, temporary)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
+        _put(temporary, folder, old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _put(new: Path, folder: Path, old: Path) -> None:
+    """Rename `new` to `folder`; one that is there stays under the name `old` until that has succeeded."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(path: str | Path) -> TransferModel:

@@ -14,20 +14,22 @@ from lit_transfer.phases.table import PhasePlan, lr_factor
 def parameter_groups(network: Network, plan: PhasePlan) -> list[dict[str, Any]]:
     """What trains, as optimizer groups named `head/decay`, `head/no_decay`, `backbone/decay`, ...
 
-    Vectors and scalars (biases, normalisation) have no weight decay. Frozen parameters are in no group.
+    Vectors and scalars (biases, normalisation) have no weight decay, nor has what the network itself names in
+    `no_weight_decay()`, as timm's do (position embeddings and tokens). Frozen parameters are in no group.
     """
     stages = range(network.first_trained, len(network.backbone.stages))
     named = {
         "head": list(network.head.named_parameters()),
         "backbone": [pair for index in stages for pair in network.backbone.stage_parameters(index)],
     }
+    exempt = {f"net.{name}" for name in getattr(network.backbone.net, "no_weight_decay", set)()}
     groups: list[dict[str, Any]] = []
     for group in plan.groups:
-        matrices: list[nn.Parameter] = [p for _, p in named[group.name] if p.ndim > 1]
-        vectors: list[nn.Parameter] = [p for _, p in named[group.name] if p.ndim <= 1]
+        decayed: list[nn.Parameter] = [p for name, p in named[group.name] if p.ndim > 1 and name not in exempt]
+        others: list[nn.Parameter] = [p for name, p in named[group.name] if p.ndim <= 1 or name in exempt]
         for kind, parameters, decay in (
-            ("decay", matrices, plan.phase.weight_decay),
-            ("no_decay", vectors, 0.0),
+            ("decay", decayed, plan.phase.weight_decay),
+            ("no_decay", others, 0.0),
         ):
             if parameters:
                 name = f"{group.name}/{kind}"

@@ -13,7 +13,10 @@ How a run that was stopped goes on, in this order:
 from __future__ import annotations
 
 import json
+import math
+import os
 import signal
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,16 +27,18 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from safetensors.torch import load_file, save
+from timm.layers import convert_sync_batchnorm
 
 from lit_transfer.config import Config
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.module import ImageData, Samples
+from lit_transfer.errors import require
 from lit_transfer.files import replacing, write_json
-from lit_transfer.model.module import TransferModule
+from lit_transfer.model.module import Stopped, TransferModule
 from lit_transfer.model.network import Network
 from lit_transfer.phases.optim import build_optimizer, set_lr
-from lit_transfer.phases.table import PhasePlan
-from lit_transfer.phases.trainer import make_trainer
+from lit_transfer.phases.table import PhasePlan, fingerprint_hash
+from lit_transfer.phases.trainer import check_machine, make_trainer, ranks_of
 from lit_transfer.tracking import MetricsFile, Recorder, Run
 
 
@@ -56,6 +61,8 @@ class StopSignal:
         if self.received is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, b"\nstopping at the next step; Ctrl-C again ends at once\n")  # print is not safe in a handler
 
 
 class _Schedule(pl.Callback):
@@ -64,9 +71,20 @@ class _Schedule(pl.Callback):
     Lightning's own SIGTERM handler broadcasts from inside the handler, which can fall into a backward pass.
     """
 
-    def __init__(self, plan: PhasePlan, stop: StopSignal) -> None:
+    def __init__(self, plan: PhasePlan, stop: StopSignal, watched: Sequence[str], fingerprint: str) -> None:
         self.plan = plan
         self.stop = stop
+        self.watched = watched
+        self.fingerprint = fingerprint
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        require(
+            state_dict["fingerprint"] == self.fingerprint,
+            "the checkpoint is of a run with other settings; remove it, or choose another --name.",
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.install()
@@ -75,6 +93,22 @@ class _Schedule(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         set_lr(trainer.optimizers[0], self.plan, trainer.global_step)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for metric in self.watched:  # Lightning would take NaN for the end of the phase, and keep its first epoch
+            value = float(trainer.callback_metrics[metric])
+            require(
+                math.isfinite(value),
+                f"{metric} is {value} after epoch {trainer.current_epoch} of phase '{self.plan.phase.name}': none is "
+                "the best; a class may be missing from data.val: monitor val/loss instead.",
+            )
+
+
+class _Checkpoint(ModelCheckpoint):
+    """Remembers its best score also where the run directory has been moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict | {"dirpath": self.dirpath})
 
 
 @dataclass(frozen=True)
@@ -142,6 +176,8 @@ def _run_phase(
 ) -> PhaseResult:
     config, phase = job.config, plan.phase
     first_epoch, first_step = sum(r.epochs for r in before), sum(r.steps for r in before)
+    if phase.norm == "batch" and check_machine(config.trainer) and ranks_of(config.trainer) > 1:
+        convert_sync_batchnorm(job.network)  # timm's: PyTorch's own would drop the activations that timm fuses in
     job.network.set_cut(plan.cut, phase.norm)
     module = TransferModule(
         job.network,
@@ -175,7 +211,9 @@ def _run_phase(
     )
     folder = job.run.checkpoints(phase.name)
     last = folder / "last.ckpt"
-    callbacks = [_Schedule(plan, stop), *_phase_callbacks(config, plan, folder), recorder]
+    watched = [config.monitor, *([phase.until.metric] if phase.until else [])] if "val" in job.streams else []
+    schedule = _Schedule(plan, stop, watched, fingerprint_hash(job.run.record["fingerprint"]))
+    callbacks = [schedule, *_phase_callbacks(config, plan, folder), recorder]
     trainer = make_trainer(
         config.trainer,
         max_epochs=phase.max_epochs,
@@ -204,6 +242,8 @@ def _run_phase(
     if trainer.is_global_zero:
         _finish(folder, job.network, result)
     trainer.strategy.barrier()
+    if trainer.strategy.reduce_boolean_decision(stop(), all=False):  # it came after the last step
+        raise Stopped
     return result
 
 
@@ -222,8 +262,8 @@ def _phase_callbacks(config: Config, plan: PhasePlan, folder: Path) -> list[pl.C
             EarlyStopping(until.metric, min_delta=until.min_delta, patience=until.patience, mode=until_mode)
         )
     if config.data.val is not None:
-        callbacks.append(ModelCheckpoint(filename="best", monitor=config.monitor, mode=mode, **common))
-    return [*callbacks, ModelCheckpoint(filename="last", **common)]
+        callbacks.append(_Checkpoint(filename="best", monitor=config.monitor, mode=mode, **common))
+    return [*callbacks, _Checkpoint(filename="last", **common)]
 
 
 def _steps_in(checkpoint: Path) -> int:

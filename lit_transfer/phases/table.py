@@ -95,7 +95,12 @@ def expand(config: Config) -> list[Phase]:
     set_by_preset = {"name", "train", "max_epochs", "lr", "backbone_lr"}
     known = [*own, *(key for key in Phase.__dataclass_fields__ if key not in set_by_preset)]
     for key in settings:
-        require(key in known, f"'{key}' is not a setting of preset {name}.{nearest(key, known)}")
+        require(
+            key in known,
+            f"'{key}' is not a setting of preset {name}, which the config uses; write --phases.{[*own][-1]} and the "
+            f"like (it has {', '.join(own)}), or put the list under phases that plan --expand prints."
+            + nearest(key, known),
+        )
     return [parse(Phase, row) for row in function(**settings)]
 
 

@@ -108,6 +108,7 @@ def _quiet() -> None:
         r".*module\(s\) in eval mode at the start of training",  # frozen stages are
         r".*does not have many workers",  # data.workers is the user's choice
         r".*isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.15
+        r".*recommended to use `self.log\(.*sync_dist=True",  # validation values are gathered before
         r".*Checkpoint directory .* exists and is not empty",  # a resumed phase
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from digits import digits, tiny_config
+from packing import packed, table
 
+from lit_transfer.config import Config
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.launch import main
 from lit_transfer.reading import to_yaml
@@ -52,3 +55,33 @@ def test_one_sentence_and_nothing_written(
     assert sentence in error
     assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def told(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], *changes: str) -> str:
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert main(["train", "--config", str(file), *changes]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
+
+
+def test_a_metric_that_is_not_a_number_names_no_best_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{i}.png,{'ab'[i % 2] if i < 8 else 'a'},{'train' if i < 8 else 'val'}" for i in range(12)]
+    data = packed(table(tmp_path / "source", "path,label,split", rows), tmp_path / "data")
+    config = tiny_config(data, tmp_path / "runs")
+    one_class = replace(config, data=replace(config.data, test=None))
+    error = told(one_class, tmp_path, capsys, "--monitor", "val/auroc")
+    assert "val/auroc is nan after epoch 0 of phase 'head'" in error
+    assert "monitor val/loss" in error
+
+
+def test_a_damaged_shard_is_one_sentence_also_from_a_worker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = digits(tmp_path / "data")
+    shard = data.path / next(s.name for s in data.shards if s.split == "train")
+    content = bytearray(shard.read_bytes())
+    content[data.table["offset"][int(data.rows("train")[0])].as_py() + 20] ^= 1
+    shard.write_bytes(content)
+    error = told(tiny_config(data, tmp_path / "runs"), tmp_path, capsys, "--data.workers", "1")
+    assert shard.name in error
+    assert "not those that were packed" in error

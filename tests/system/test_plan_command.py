@@ -146,6 +146,24 @@ def test_a_dataset_that_is_there_is_read(tmp_path: Path, capsys: pytest.CaptureF
     assert head["parameters"] == f"{1281 * (len(manifest.classes()) - 1):,}"
 
 
+@pytest.mark.parametrize("weights", ["file:nowhere.pth", "run:nowhere", "package:nowhere_at_all"])
+def test_weights_that_are_not_there_are_said(weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--config", QUICKSTART, "--samples", "9", "--phases.warmup_steps=0", "--model.weights"]
+    text = planned(capsys, *common, weights)
+    assert f"train would refuse this yet: model.weights '{weights}': " in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert "would refuse" not in planned(capsys, *common, "none")
+
+
+def test_a_fraction_counts_as_training_counts_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = digits(tmp_path / "digits")
+    at = [f"--data.{stream}.manifest={manifest.path}" for stream in ("train", "val", "test")]
+    common = ["--config", QUICKSTART, "--data.train.fraction", "0.3", "--phases.warmup_steps", "0"]
+    there = planned(capsys, *common, *at)
+    absent = planned(capsys, *common, "--samples", str(manifest.splits["train"]))
+    assert "Batches: 7 samples an epoch" in there and "Batches: 7 samples an epoch" in absent
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -157,6 +175,10 @@ def test_a_dataset_that_is_there_is_read(tmp_path: Path, capsys: pytest.CaptureF
             "stages are stem, blocks.0 to blocks.6, top",
         ),
         (["--samples", "900", "--objective.focal_gama", "2"], "Did you mean 'focal_gamma'?"),
+        (["--samples", "900", "--monitor", "val/auc"], "monitor 'val/auc' is not a metric of this task"),
+        (["--samples", "900", "--phases.until", "{metric: val/los, patience: 2}"], "Did you mean 'val/loss'?"),
+        (["--samples", "900", "--objective.class_weights", "[1, 2, 3]"], "3 weights for 2 classes"),
+        (["--samples", "900", "--phases.0.lr", "1"], "'0' is not a setting of preset freeze_thaw, which the"),
     ],
 )
 def test_a_fault_is_one_sentence(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,10 +29,10 @@ def test_the_tree_names_every_file_and_no_other() -> None:
     assert rooms | tops <= named
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
     """A folder as a newcomer has it, with the quickstart made short, and pictures of their own."""
-    folder = tmp_path_factory.mktemp("newcomer")
+    folder = tmp_path / "newcomer"
     for file in (ROOT / "configs").rglob("*.yaml"):
         copy = folder / file.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -53,26 +53,21 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_command_runs(workplace: Path) -> None:
-    assert len(COMMANDS) >= 10
+def test_every_command_runs_and_then_the_python(workplace: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    assert len(COMMANDS) >= 10
     program = str(Path(sys.executable).parent / "lit-transfer")
     for line in COMMANDS:
-        words = shlex.split(line.split("   #")[0])
-        done = subprocess.run(
-            [program, *words[1:]], cwd=workplace, env=environment, capture_output=True, text=True, timeout=400
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        run(program, *shlex.split(line.split("   #")[0])[1:])
     assert (workplace / "runs" / "quickstart" / "summary.json").is_file()
     assert (workplace / "predictions.csv").read_text().count("\n") == 25
 
-
-def test_the_python_of_the_readme_runs(workplace: Path) -> None:
-    assert (workplace / "runs" / "quickstart" / "model").is_dir(), "the commands ran before"
     Image.effect_noise((300, 300), 30).save(workplace / "cell.png")
     code = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(code)], cwd=workplace, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Prediction" in done.stdout
+    assert code and "Prediction" in run(sys.executable, "-c", "\n".join(code))

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -16,19 +17,36 @@ from lit_transfer.model.sources import build_net
 from lit_transfer.model.stages import Table
 from lit_transfer.recipe import Model
 
-# name, image size, stages
-NETWORKS = [
-    ("torchvision/alexnet", 64, "conv1 to conv5, fc6, fc7"),
-    (
-        "torchvision/vgg16",
+# name: image size, stages
+NETWORKS = {
+    "torchvision/alexnet": (64, "conv1 to conv5, fc6, fc7"),
+    "torchvision/vgg16": (
         64,
         "conv1_1, conv1_2, conv2_1, conv2_2, conv3_1 to conv3_3, conv4_1 to conv4_3, conv5_1 to conv5_3, fc6, fc7",
     ),
-    ("torchvision/resnet18", 64, "stem, layer1 to layer4"),
-    ("torchvision/mobilenet_v2", 64, "features.0 to features.18"),
-    ("timm/tf_efficientnet_lite0", 64, "stem, blocks.0 to blocks.6, top"),
-    ("timm/convnext_atto", 64, "stem, stages.0 to stages.3, top"),
-    ("timm/vit_tiny_patch16_224", 32, "stem, blocks.0 to blocks.11, top"),
+    "torchvision/resnet18": (64, "stem, layer1 to layer4"),
+    "torchvision/mobilenet_v2": (64, "features.0 to features.18"),
+    "timm/tf_efficientnet_lite0": (64, "stem, blocks.0 to blocks.6, top"),
+    "timm/convnext_atto": (64, "stem, stages.0 to stages.3, top"),
+    "timm/vit_tiny_patch16_224": (32, "stem, blocks.0 to blocks.11, top"),
+}
+
+
+def expanded(listed: str) -> list[str]:
+    """The names of a list of stages such as `stem, layer1 to layer4`."""
+    names = []
+    for part in listed.split(", "):
+        first, _, last = part.partition(" to ")
+        stem = first.rstrip("0123456789")
+        numbers = range(int(first[len(stem) :]), int(last[len(stem) :]) + 1) if last else []
+        names += [f"{stem}{i}" for i in numbers] or [first]
+    return names
+
+
+CUTS = [
+    pytest.param(name, cut, marks=pytest.mark.full(name))
+    for name, (_, listed) in NETWORKS.items()
+    for cut in ("all", *expanded(listed), "head")
 ]
 
 
@@ -68,39 +86,49 @@ class Whole:
             return build_backbone(random_model(name), image_size=size).eval()
 
 
-@pytest.fixture(scope="module", params=NETWORKS, ids=[name for name, _, _ in NETWORKS])
-def whole(request: pytest.FixtureRequest) -> Iterator[tuple[Whole, str]]:
-    name, size, listed = request.param
-    yield Whole(name, size), listed
+Networks = Callable[[str], Whole]
 
 
+@pytest.fixture(scope="module")
+def whole() -> Networks:
+    """Networks by name, each built once."""
+    return functools.cache(lambda name: Whole(name, NETWORKS[name][0]))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_every_cut_equals_the_whole_network_to_the_bit(whole: tuple[Whole, str]) -> None:
-    network, listed = whole
-    backbone = network.backbone
-    assert stages.summarise(backbone.stage_names) == listed
-    for cut in ("all", *backbone.stage_names, "head"):
-        middle = backbone.prefix(network.images, cut)
-        kept = middle.clone()
-        features = backbone.suffix(middle, cut)
-        assert features.shape == (2, backbone.features), cut
-        assert torch.equal(network.classifier(features), network.expected), cut
-        assert torch.equal(middle, kept), f"the suffix from {cut} changes its input in place"
-    assert torch.equal(network.classifier(backbone(network.images)), network.expected)
+def test_the_stages_together_equal_the_whole_network_to_the_bit(whole: Networks, name: str) -> None:
+    network, listed = whole(name), NETWORKS[name][1]
+    assert stages.summarise(network.backbone.stage_names) == listed
+    assert list(network.backbone.stage_names) == expanded(listed)
+    assert torch.equal(network.classifier(network.backbone(network.images)), network.expected)
     assert network.expected.std() > 0
 
 
-def test_every_tensor_has_one_stage(whole: tuple[Whole, str]) -> None:
-    network, _ = whole
+@pytest.mark.parametrize(("name", "cut"), CUTS)
+@torch.no_grad()
+def test_a_cut_equals_the_whole_network_to_the_bit(whole: Networks, name: str, cut: str) -> None:
+    network = whole(name)
+    middle = network.backbone.prefix(network.images, cut)
+    kept = middle.clone()
+    features = network.backbone.suffix(middle, cut)
+    assert features.shape == (2, network.backbone.features)
+    assert torch.equal(network.classifier(features), network.expected)
+    assert torch.equal(middle, kept), "the suffix changes its input in place"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_tensor_has_one_stage(whole: Networks, name: str) -> None:
+    network = whole(name)
     backbone = network.backbone
-    held = {name.removeprefix("net.") for name in backbone.state_dict()}
+    held = {key.removeprefix("net.") for key in backbone.state_dict()}
     assert held == network.tensors - network.classifier_tensors
-    named = [name for i in range(len(backbone.stages)) for name, _ in backbone.stage_parameters(i)]
-    assert sorted(named) == sorted(name for name, _ in backbone.named_parameters())
-    assert {backbone.stage_of(name) for name in backbone.state_dict()} == set(backbone.stage_names)
+    named = [key for i in range(len(backbone.stages)) for key, _ in backbone.stage_parameters(i)]
+    assert sorted(named) == sorted(key for key, _ in backbone.named_parameters())
+    assert {backbone.stage_of(key) for key in backbone.state_dict()} == set(backbone.stage_names)
     for i in range(len(backbone.stages)):
         reached = {id(p) for module in backbone.stage_modules(i) for p in module.parameters()}
-        direct = {id(p) for name, p in backbone.stage_parameters(i) if "." not in name.removeprefix("net.")}
+        direct = {id(p) for key, p in backbone.stage_parameters(i) if "." not in key.removeprefix("net.")}
         assert reached | direct == {id(p) for _, p in backbone.stage_parameters(i)}
     norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d | nn.Dropout)]
     frozen = [m for i in range(len(backbone.stages)) for own in backbone.stage_modules(i) for m in own.modules()]
@@ -108,9 +136,10 @@ def test_every_tensor_has_one_stage(whole: tuple[Whole, str]) -> None:
     assert all(isinstance(m, nn.Dropout) for m in norms if id(m) in unused), "a BatchNorm that no freeze reaches"
 
 
+@pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_a_copy_has_its_own_stages(whole: tuple[Whole, str]) -> None:
-    network, _ = whole
+def test_a_copy_has_its_own_stages(whole: Networks, name: str) -> None:
+    network = whole(name)
     copied = copy.deepcopy(network.backbone)
     for parameter in copied.parameters():
         parameter.zero_()
@@ -118,8 +147,9 @@ def test_a_copy_has_its_own_stages(whole: tuple[Whole, str]) -> None:
     assert torch.equal(network.classifier(network.backbone(network.images)), network.expected)
 
 
-def test_meta_device_gives_shapes_and_counts(whole: tuple[Whole, str]) -> None:
-    network, _ = whole
+@pytest.mark.parametrize("name", NETWORKS)
+def test_meta_device_gives_shapes_and_counts(whole: Networks, name: str) -> None:
+    network = whole(name)
     size = network.images.shape[-1]
     meta = build_backbone(random_model(network.backbone.name), image_size=size, device="meta")
     assert all(parameter.is_meta for parameter in meta.parameters())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,10 @@ def test_an_unknown_key_names_the_nearest_at_every_depth(overrides: list[str], s
         ("seed", "null", "seed None is not a whole number."),
         ("data.workers", "true", "data.workers True is not a whole number."),
         ("augment.quarter_turns", "1", "augment.quarter_turns 1 is not true or false."),
+        ("trainer.progress", "offf", "trainer.progress 'offf' is not true or false."),
+        ("trainer.progress", "y", "trainer.progress 'y' is not true or false."),
+        ("trainer.progress", "null", "trainer.progress None is not true or false."),
+        ("trainer.progress", "[on]", "trainer.progress ['on'] is not true or false."),
         ("augment.flip_h", "often", "augment.flip_h 'often' is not a number."),
         ("image.fit", "crob", "image.fit 'crob' is not crop, squash or pad. Did you mean 'crop'?"),
         ("image.mean", "[0, 0, x]", "image.mean[2] 'x' is not a number."),
@@ -173,6 +178,22 @@ def test_a_broken_rule_is_one_sentence(key: str, value: str, said: str) -> None:
 def test_half_precision_on_a_cpu_says_what_to_use() -> None:
     with pytest.raises(UserError, match="use bf16-mixed or 32"):
         small("--trainer.precision", "16-mixed", "--trainer.accelerator", "cpu")
+
+
+@pytest.mark.parametrize("word", ["true", "yes", "on", "false", "no", "off"])
+@pytest.mark.parametrize("form", [str.lower, str.upper, str.capitalize, str.swapcase, "'{}'".format])
+def test_a_switch_takes_the_words_that_people_write(word: str, form: Callable[[str], str]) -> None:
+    config = small("--trainer.progress", form(word), "--trainer.deterministic", form(word))
+    expected = word in ("true", "yes", "on")
+    assert config.trainer.progress is expected and config.trainer.deterministic is expected
+
+
+def test_the_words_of_a_switch_stay_text_elsewhere() -> None:
+    config = small("--tracking.wandb", "off", "--name", "on", "--tracking.tags", "[yes, No]")
+    assert (config.tracking.wandb, config.name, config.tracking.tags) == ("off", "on", ["yes", "No"])
+    for text in ("true", "True"):
+        with pytest.raises(UserError, match="name True is not text"):
+            small("--name", text)
 
 
 def test_whole_numbers_become_what_is_meant() -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lit_transfer.data import decode as module
-from lit_transfer.data.decode import DecodeError, Preprocessing, decode, is_plain, load, open_rgb, to_canvas
+from lit_transfer.data.decode import DecodeError, Preprocessing, decode, is_plain, open_picture, open_rgb, to_canvas
 
 # Rows: red green / blue white / black grey: no two flips or turns of it look alike.
 PIXELS = np.array(
@@ -78,7 +78,7 @@ def test_other_bit_depths() -> None:
     assert pixels(colour).tolist() == [[[255, 128, 1]]]
     four_bits = png(2, 4, 0, bytes([0x5F]))
     assert pixels(four_bits).tolist() == [[[85] * 3, [255] * 3]]
-    assert not is_plain(load(colour), colour) and not is_plain(load(four_bits), four_bits)
+    assert not is_plain(open_picture(colour), colour) and not is_plain(open_picture(four_bits), four_bits)
 
 
 def test_transparent_pictures_are_composited_over_white() -> None:
@@ -126,7 +126,7 @@ def test_exif_orientation(orientation: int, kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options)
     assert np.array_equal(pixels(data), PIXELS)
-    assert is_plain(load(data), data) == (kind != "TIFF" and orientation == 1)
+    assert is_plain(open_picture(data), data) == (kind != "TIFF" and orientation == 1)
 
 
 def test_animations_give_the_first_frame() -> None:
@@ -135,7 +135,7 @@ def test_animations_give_the_first_frame() -> None:
         options = {"lossless": True} if kind == "WEBP" else {}
         data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
         assert (pixels(data) == (255, 0, 0)).all(), kind
-        assert not is_plain(load(data), data)
+        assert not is_plain(open_picture(data), data)
 
 
 def test_broken_files_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_a_decompression_bomb_is_not_decoded() -> None:
 
 def test_plain_files() -> None:
     def plain(data: bytes) -> bool:
-        return is_plain(load(data), data)
+        return is_plain(open_picture(data), data)
 
     assert all(plain(encoded(picture(9, 9), kind)) for kind in ("PNG", "JPEG", "WEBP"))
     assert plain(encoded(picture(9, 9).convert("L")))

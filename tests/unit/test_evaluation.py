@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from digits import PREPROCESSING, digits, finished_run, streams_of, tiny_config, tiny_network
 from PIL import Image
 
@@ -126,6 +129,34 @@ def test_another_dataset_with_the_same_classes(
     figures = json.loads(capsys.readouterr().out)
     assert figures["samples"] == 32 and figures["dataset"] == other.digest
     assert (config.run_dir / "report" / "packed-train" / "roc.png").is_file()
+
+
+def test_the_runs_dataset_packed_again_or_not_here_is_no_longer_its_own(
+    config: Config, summary: dict[str, Any], manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(config.run_dir, run)
+    other = digits(tmp_path / "other", split_seed=1)
+    for stream, place in (("train", str(manifest.path)), ("val", str(other.path)), ("test", str(manifest.path))):
+        assert other.digest != manifest.digest and other.classes() == manifest.classes()
+        config_file = run / "config.yaml"
+        plain = yaml.safe_load(config_file.read_text())
+        plain["data"][stream]["manifest"] = place
+        config_file.write_text(yaml.safe_dump(plain))
+    moved = f"'{other.path}' is not the run's dataset any more: its digest is {other.digest[:12]}, the run's "
+    with pytest.raises(UserError, match=re.escape(moved) + ".*--manifest"):
+        main(["--run", str(run), "--split", "val"])
+    assert main(["--run", str(run), "--split", "test", "--json"]) == 0, "the other streams are as they were"
+    assert main(["--run", str(run), "--manifest", str(other.path), "--json"]) == 0
+    record = json.loads((run / "run.json").read_text())
+    record["fingerprint"]["data"]["val"]["digest"] = other.digest
+    (run / "run.json").write_text(json.dumps(record))
+    assert main(["--run", str(run), "--split", "val", "--json"]) == 0, "each stream has a digest of its own"
+
+    config_file.write_text(config_file.read_text().replace(str(manifest.path), "data/digits"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"the run's dataset 'data/digits' is not here .*--manifest DIR"):
+        main(["--run", str(run)])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import sys
@@ -9,8 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from lit_transfer import launch
+from lit_transfer.config import Config
+from lit_transfer.data.packing.items import Pack
 from lit_transfer.errors import UserError
-from lit_transfer.launch.options import read_config
+from lit_transfer.launch.options import help_text, read_config
+from lit_transfer.reading import to_plain
 
 SMALL = """
 name: run
@@ -96,7 +100,7 @@ def test_the_config_and_overrides_may_stand_in_any_order(file: str, place: str) 
     [
         (["--seed", "1"], "lit-transfer train needs --config FILE once; configs/ has examples."),
         (["--config", "a", "--config", "b"], "lit-transfer train needs --config FILE once"),
-        (["--config"], "--config needs a file."),
+        (["--config"], "--config has no value; write --config FILE."),
         (["--config", "none.yaml"], "config file 'none.yaml' does not exist."),
         (["--config", "FILE", "--sed", "1"], "'sed' is not a key of the config. Did you mean 'seed'?"),
     ],
@@ -107,16 +111,63 @@ def test_what_is_wrong_with_the_options_is_said(file: str, arguments: list[str],
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["--config", "x", "-h"]])
-def test_help_lists_the_keys_of_a_config(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("verb", ["prepare", "fetch", "plan", "train"])
+def test_help_is_a_line_of_usage_what_the_verb_does_and_the_keys(
+    verb: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        read_config(arguments, "lit-transfer train", "What it does.")
+        launch.main([verb, *arguments])
     assert caught.value.code == 0
-    said = capsys.readouterr().out
-    for text in (
-        "What it does.",
-        "--config FILE",
-        "--model.backbone",
-        "--trainer.precision",
-        "of the order of samples",
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: lit-transfer {verb} ") and "--config FILE" in lines[0] and lines[1] == ""
+    assert lines[2][0].isupper() and lines[2].endswith(".")
+    assert max(map(len, lines)) <= 100
+    key = "  --out TEXT (required) " if verb == "prepare" else "  --seed INT (0) "
+    assert any(line.startswith(key) for line in lines)
+    own = [line.split()[0] for line in lines if line.startswith("--")]
+    assert own == (["--samples", "--classes", "--expand"] if verb == "plan" else [])
+
+
+def keys_of(plain: object, path: str = "-") -> list[str]:
+    """Dotted keys of nested plain values, without those that hold others."""
+    is_table = isinstance(plain, list) and plain and isinstance(plain[0], dict)
+    inner = plain.items() if isinstance(plain, dict) else enumerate(plain) if is_table else ()
+    found = [key for name, value in inner for key in keys_of(value, f"{path}.{name}")]
+    return found or [path.replace("-.", "--")]
+
+
+def test_help_names_each_key_of_a_config_with_type_default_and_meaning(file: str) -> None:
+    stream = "{manifest: x, split: y}"
+    full = [f"--data.val={stream}", f"--data.test={stream}", "--phases.0.until={metric: val/loss, patience: 1}"]
+    text = help_text("`lit-transfer x`: what it does.", Config)
+    heads = re.findall(r"^  (--[\w.]+) ", text, flags=re.MULTILINE)
+    assert sorted(heads) == sorted(keys_of(to_plain(read_config(["--config", file, *full], "x", None))))
+    for line in (
+        "  --model.backbone TEXT (required) ",
+        "  --image.fit crop|squash|pad (crop) ",
+        "  --model.head.dropout NUMBER|[NUMBER, ...] (0.0)\n",
+        '  --model.drop [TEXT, ...] (["head"]) ',
+        "  --trainer.progress true|false (true) ",
+        '  --model.strip_prefix TEXT ("") ',
+        "\nphases.0, .1, ...: a list of phases, or ",
+        "\ndata.val (null by default): what thresholds",
     ):
-        assert text in said
+        assert line in text
+    pack = help_text("`lit-transfer x`: what it does.", Pack)
+    assert all(f"\n  --{field.name} " in pack for field in dataclasses.fields(Pack))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "--config", "x", "--samples"], "argument --samples: expected one argument; lit-transfer plan --help"),
+        (["plan", "--config", "x", "--expand=1"], "argument --expand: ignored explicit argument '1'"),
+        (["plan", "--samples", "5"], "lit-transfer plan needs --config FILE once"),
+        (["evaluate"], "the following arguments are required: --run; lit-transfer evaluate --help"),
+        (["predict", "--run", "x", "y", "--top", "z"], "argument --top: invalid int value: 'z'; lit-transfer predict"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {said}") and printed.err.count("\n") == 1 and not printed.out

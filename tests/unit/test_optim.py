@@ -45,6 +45,17 @@ def test_groups_split_head_and_backbone_matrices_and_vectors() -> None:
     assert all(net.get_parameter(n).ndim == 1 for n in found["backbone/no_decay"])
 
 
+def test_what_the_network_exempts_has_no_weight_decay() -> None:
+    backbone = build_backbone(Model(backbone="timm/test_vit", weights="none"), image_size=160)
+    net = Network(backbone, build_head(Head(), backbone.features, 3, seed=0))
+    net.set_cut("all")
+    groups = {group["name"]: group["params"] for group in parameter_groups(net, planned("all", train="all"))}
+    names = {id(p): name.removeprefix("backbone.net.") for name, p in net.named_parameters()}
+    kept = {names[id(p)] for p in groups["backbone/no_decay"] if p.ndim > 1}
+    assert kept == {"cls_token", "pos_embed"}
+    assert "patch_embed.proj.weight" in {names[id(p)] for p in groups["backbone/decay"]}
+
+
 @pytest.mark.parametrize("cut", ["head", "top", "stem"])
 def test_every_trained_parameter_is_in_one_group_and_no_frozen_one(cut: str) -> None:
     net = network(cut)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lit_transfer.data.plan import PADDING, rank_slice, shuffled, steps_per_epoch, uniforms
+from lit_transfer.data.plan import PADDING, rank_slice, share, shuffled, steps_per_epoch, uniforms
 
 ROWS = np.arange(100, 120, dtype=np.int64)
 
@@ -31,8 +31,10 @@ def test_pinned_so_that_runs_of_another_version_stay_comparable() -> None:
     ]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize(("samples", "batch"), [(20, 8), (20, 20), (20, 64), (20, 3), (1, 4), (20, 1)])
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", range(1, 9))
+@pytest.mark.parametrize("samples", [1, 7, 20])
+@pytest.mark.parametrize("batch", [1, 3, 4, 8, 20, 64])
 def test_ranks_together_see_each_row_once_in_the_order_of_one_rank(samples: int, batch: int, ranks: int) -> None:
     order = shuffled(ROWS[:samples], "a", 0, 0)
     seen = []
@@ -43,6 +45,10 @@ def test_ranks_together_see_each_row_once_in_the_order_of_one_rank(samples: int,
         seen += [row for row in np.concatenate(slices) if row != PADDING]
     assert seen == order.tolist()
     assert len(rank_slice(order, steps_per_epoch(samples, batch), batch, 0, ranks)) == 0
+
+
+def test_a_fraction_is_rounded_and_keeps_at_least_one() -> None:
+    assert [share(10, f) for f in (0.01, 0.14, 0.16, 0.5, 1)] == [1, 1, 2, 5, 10]
 
 
 def test_fewer_rows_than_ranks_pads_whole_ranks() -> None:

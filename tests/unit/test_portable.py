@@ -149,6 +149,26 @@ def test_a_model_replaces_the_one_before_and_leaves_nothing_else(
     assert len(set(modes.values())) == 1, modes
 
 
+def test_a_rename_that_fails_leaves_the_model_before(
+    run: Path, network: Network, config: Config, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, asked = Path.rename, []
+
+    def fail_second(source: Path, target: Path) -> Path:
+        asked.append(target)
+        if len(asked) == 2:
+            raise OSError("stale file handle")
+        return rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail_second)
+        with pytest.raises(OSError, match="stale file handle"):
+            save_portable(run / "model", network, describe(config, manifest, [0.9]))
+    assert asked[1] == run / "model", "what failed is the new model taking its name"
+    assert load(run).threshold == [0.3]
+    assert [path.name for path in run.iterdir()] == ["model"]
+
+
 def test_what_is_no_model_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no model .* does not exist"):
         load(tmp_path / "absent")

@@ -158,6 +158,19 @@ def test_labels_and_values(
             assert f"odd {expected[0]:.4g}, big {expected[1]:.4g}" in printed
 
 
+def test_json_has_null_for_what_is_no_number(
+    config: Config, manifest: Manifest, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = tiny_network(config.model, "regression", 2)
+    with torch.no_grad():
+        network.head.get_submodule("logits").bias[0] = float("nan")
+    info = replace(describe(config, manifest), task="regression", display=("odd", "big"))
+    save_portable(tmp_path / "values", network, info)
+    assert main(["--run", str(tmp_path / "values"), str(pictures / "img1.png"), "--format", "json"]) == 0
+    said = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[0]["prediction"]
+    assert said["odd"] is None and isinstance(said["big"], float)
+
+
 def test_the_table_says_what_ms_means(run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--run", str(run), str(pictures / "img1.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -171,9 +184,11 @@ def test_faults_of_the_input_end_with_status_2(
     for arguments in (
         ["--run", str(tmp_path), str(pictures)],
         ["--run", str(run), str(pictures), "--top", "0"],
+        ["--run", str(run), str(pictures), "--batch", "0"],
     ):
         assert command(["predict", *arguments]) == 2
-        assert capsys.readouterr().err.startswith("error: ")
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and "; give " in said
 
 
 def test_an_empty_folder_is_a_row_with_its_reason(

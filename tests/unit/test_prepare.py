@@ -8,9 +8,11 @@ import pytest
 from packing import draw, folder
 
 from lit_transfer.data.manifest import Manifest
+from lit_transfer.data.packing.items import Pack
 from lit_transfer.errors import UserError
 from lit_transfer.launch import run
-from lit_transfer.launch.prepare import main, read_settings
+from lit_transfer.launch.options import read_config
+from lit_transfer.launch.prepare import main
 
 
 def test_packs_and_summarises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,15 +36,19 @@ def test_packs_and_summarises(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "already packed" in capsys.readouterr().out
     assert run(main, ["--source", "absent", "--out", "x"]) == 2
     assert capsys.readouterr().err.startswith("error: source 'absent' does not exist")
-    assert main(["--help"]) == 0 and "split_seed:" in capsys.readouterr().out
+
+
+def read_settings(arguments: list[str]) -> Pack:
+    return read_config(arguments, "lit-transfer prepare", None, Pack, needs_file=False)
 
 
 def test_settings_from_file_and_flags(tmp_path: Path) -> None:
     file = tmp_path / "pack.yaml"
     file.write_text("source: pictures\nout: data\ntask: none\nsplits: {train: 0.5, test: 0.5}\n")
-    settings = read_settings(["--out", "elsewhere", "--config", str(file), "--max_rejected_fraction=1e-1"])
-    assert (settings.source, settings.out, settings.task) == ("pictures", "elsewhere", "none")
-    assert settings.splits == {"train": 0.5, "test": 0.5} and settings.max_rejected_fraction == 0.1
+    for given in (["--config", str(file)], [f"--config={file}"]):
+        settings = read_settings(["--out", "elsewhere", *given, "--max_rejected_fraction=1e-1"])
+        assert (settings.source, settings.out, settings.task) == ("pictures", "elsewhere", "none")
+        assert settings.splits == {"train": 0.5, "test": 0.5} and settings.max_rejected_fraction == 0.1
     flags = ["--source", "a", "--out", "b", "--splits", "{train: 0.6, test: 0.4}", "--stratify", "[type]"]
     assert read_settings(flags).splits == {"train": 0.6, "test": 0.4} and read_settings(flags).stratify == ["type"]
     with pytest.raises(UserError, match=r"'sorce' is not a key of the config. Did you mean 'source'"):

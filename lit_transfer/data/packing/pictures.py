@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from lit_transfer.data.decode import DecodeError, is_plain, load, scaled_size, to_rgb
+from lit_transfer.data.decode import DecodeError, is_plain, open_picture, scaled_size, to_rgb
 from lit_transfer.data.packing.items import Item, Pack
 
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -39,7 +39,7 @@ def to_picture(item: Item, pack: Pack) -> Picture | str:
         given = item.read()
         if isinstance(given, Image.Image):
             return _encode(to_rgb(given), pack)
-        image = load(given)
+        image = open_picture(given)
         extension = _EXTENSIONS.get(image.format or "", "")
         if pack.image_format in ("keep", extension) and is_plain(image, given) and not _too_large(image, pack):
             return _picture(given, extension, image)
