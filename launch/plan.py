@@ -38,7 +38,7 @@ from lit_transfer.phases.optim import build_optimizer
 from lit_transfer.phases.table import PhasePlan, check_metrics, expand, resolve
 from lit_transfer.phases.trainer import ranks_of
 from lit_transfer.reading import to_plain
-from lit_transfer.report import table
+from lit_transfer.report import aligned
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,7 @@ def described(config: Config, samples: int | None = None, classes: int | None = 
     dataset = read_dataset(config, samples, classes)
     check_objective(dataset.task, config.objective)
     backbone = build_backbone(config.model, image_size=config.image.size, device="meta", load_weights=False)
-    width = outputs(dataset.task, len(dataset.classes))
-    head = build_head(config.model.head, backbone.features, width, config.seed)
+    head = build_head(config.model.head, backbone.features, outputs(dataset.task, len(dataset.classes)), config.seed)
     network = Network(backbone, head.to("meta"))
     image, preprocessing = settle_image(config.image, backbone.image)
     phases = expand(config)
@@ -175,7 +174,7 @@ def _streams(streams: Mapping[str, Samples], display: Sequence[str]) -> str:
     train = streams["train"].manifest
     few = ", ".join(display) if len(display) <= 6 else f"{', '.join(display[:5])}, ..."
     what = "classes" if train.task in ("multiclass", "ordinal") else "columns"
-    return f"Data\n{_aligned(rows)}\ntask {train.task}, {len(display)} {what}: {few}"
+    return f"Data\n{aligned(rows)}\ntask {train.task}, {len(display)} {what}: {few}"
 
 
 def _pictures(preprocessing: Preprocessing, augment: Augment) -> str:
@@ -202,7 +201,7 @@ def _stages(config: Config, network: Network, steps: Sequence[Step]) -> str:
         for name, count in counts.items()
     ]
     return (
-        f"Network: {config.model.backbone}, weights {config.model.weights}\n{_aligned(rows)}\n"
+        f"Network: {config.model.backbone}, weights {config.model.weights}\n{aligned(rows)}\n"
         f"{sum(counts.values()):,} parameters in all; the head reads {backbone.features:,} features"
         + _missing_weights(config.model.weights)
     )
@@ -239,7 +238,7 @@ def _phases(network: Network, steps: Sequence[Step]) -> str:
         )
     batch = [step.plan.phase.name for step in steps if step.plan.phase.norm == "batch"]
     note = f"\nBatchNorm uses and updates the statistics of the batch in {', '.join(batch)}" if batch else ""
-    return f"Phases\n{_aligned(rows)}{note}"
+    return f"Phases\n{aligned(rows)}{note}"
 
 
 def _batches(config: Config, steps: Sequence[Step], samples: int) -> str:
@@ -263,7 +262,7 @@ def _batches(config: Config, steps: Sequence[Step], samples: int) -> str:
     epochs, total = (sum(int(str(row[key])) for row in rows) for key in ("epochs", "steps"))
     return (
         f"Batches: {samples:,} samples an epoch, {ranks} rank{'s' if ranks > 1 else ''} "
-        f"(nodes {config.trainer.num_nodes}, devices {config.trainer.devices}{here})\n{_aligned(rows)}\n"
+        f"(nodes {config.trainer.num_nodes}, devices {config.trainer.devices}{here})\n{aligned(rows)}\n"
         f"{epochs:,} epochs, {total:,} steps and {epochs * samples:,} pictures at most\n"
         + "\n".join(_end(step.plan, config.monitor) for step in steps)
     )
@@ -287,7 +286,7 @@ def _memory(config: Config, steps: Sequence[Step]) -> str:
     ]
     bits = "fp32" if config.trainer.precision == "32" else f"16 bits ({config.trainer.precision})"
     return (
-        f"Memory of a rank, in MiB: an estimate, with activations in {bits}\n{_aligned(rows)}\n"
+        f"Memory of a rank, in MiB: an estimate, with activations in {bits}\n{aligned(rows)}\n"
         "the total takes the larger of saved activations and frozen forward; not in it: gradients of\n"
         "activations, workspaces of convolutions, the allocator's reserve, and PyTorch itself"
     )
@@ -295,17 +294,6 @@ def _memory(config: Config, steps: Sequence[Step]) -> str:
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _aligned(rows: Sequence[Mapping[str, object]]) -> str:
-    """A table whose numbers stand right below their heading, thousands apart, floats with one decimal."""
-    columns: dict[str, list[str]] = {}
-    for name in rows[0]:
-        cells = [row[name] for row in rows]
-        texts = [c if isinstance(c, str) else f"{c:,.1f}" if isinstance(c, float) else f"{c:,}" for c in cells]
-        width = 0 if isinstance(cells[0], str) else max(map(len, [name, *texts]))
-        columns[name.rjust(width)] = [text.rjust(width) for text in texts]
-    return table([{name: texts[i] for name, texts in columns.items()} for i in range(len(rows))])
 
 
 if __name__ == "__main__":

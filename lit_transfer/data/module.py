@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import numpy as np
@@ -193,7 +197,20 @@ def loader(dataset: SampleDataset, sampler: PlanSampler, workers: int) -> DataLo
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         worker_init_fn=_init_worker,
+        multiprocessing_context=_forkserver() if workers else None,
     )
+
+
+def _forkserver() -> ForkServerContext:
+    """Workers start from a clean process: forked from here they can hang, on locks that threads of DDP held."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    if threading.current_thread() is threading.main_thread():
+        # The server must outlive a signal to the process group, as its workers do; what is ignored is inherited.
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        forkserver.ensure_running()
+        signal.signal(signal.SIGTERM, before)
+    return context
 
 
 def _init_worker(_: int) -> None:

@@ -58,6 +58,8 @@ class Network(nn.Module):
         with torch.no_grad():
             images = self.backbone.run(images, 0, self.first_trained)
         features = self.backbone.run(images, self.first_trained, len(self.backbone.stages))
+        if features.is_meta:  # which knows no autocast
+            return self.head(features)  # type: ignore[no-any-return]
         with torch.autocast(features.device.type, enabled=False):  # bf16 logits would fall on few distinct values
             return self.head(features.float())  # type: ignore[no-any-return]
 

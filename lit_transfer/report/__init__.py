@@ -8,9 +8,10 @@ from lit_transfer.report.plots import (
     plot_roc,
     save_figure,
 )
-from lit_transfer.report.tables import summary_table, table
+from lit_transfer.report.tables import aligned, summary_table, table
 
 __all__ = [
+    "aligned",
     "contact_sheet",
     "plot_confusion",
     "plot_curves",

@@ -31,6 +31,20 @@ def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = 
     return "\n".join([line(columns), "  ".join("─" * width for width in widths), *map(line, cells)])
 
 
+def aligned(rows: Sequence[Mapping[str, object]]) -> str:
+    """A table whose numbers stand right below their heading, thousands apart, floats with one decimal.
+
+    Every row has the same keys.
+    """
+    columns: dict[str, list[str]] = {}
+    for name in rows[0]:
+        cells = [row[name] for row in rows]
+        texts = [c if isinstance(c, str) else f"{c:,.1f}" if isinstance(c, float) else f"{c:,}" for c in cells]
+        width = 0 if isinstance(cells[0], str) else max(map(len, [name, *texts]))
+        columns[name.rjust(width)] = [text.rjust(width) for text in texts]
+    return table([{name: texts[i] for name, texts in columns.items()} for i in range(len(rows))])
+
+
 def summary_table(summary: Mapping[str, object]) -> str:
     """What is printed after a run, from the flat keys of summary.json: splits, phases, the rest."""
     groups: dict[str, dict[str, object]] = {}

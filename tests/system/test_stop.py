@@ -100,7 +100,7 @@ def stop(file: Path, run: Path, phase: str, rows: int, number: signal.Signals) -
     ("phase", "rows", "number", "ranks", "workers"),
     [
         ("thaw", 5, signal.SIGINT, 1, 1),
-        ("thaw", 4, signal.SIGTERM, 2, 0),
+        ("thaw", 4, signal.SIGTERM, 2, 1),
         *(
             pytest.param(phase, rows, number, 1, workers, marks=pytest.mark.full)
             for phase, rows in (("head", 1), ("head", 5), ("thaw", 1), ("thaw", 8))

@@ -70,13 +70,13 @@ def test_batch_norm_on_its_pretrained_statistics_counts_two_values_a_channel_too
 
 
 @pytest.mark.parametrize(("name", "size", "cut"), CUTS[:-1])
-def test_mixed_precision_is_estimated_within_a_tenth(name: str, size: int, cut: str) -> None:
+def test_mixed_precision_is_estimated_within_an_eighth(name: str, size: int, cut: str) -> None:
     shapes, real = network_on("meta", name, size), network_on("cpu", name, size)
     for network in (shapes, real):
         network.set_cut(cut, "batch")
     optimizer = torch.optim.SGD([p for p in shapes.parameters() if p.requires_grad])
     memory = phase_memory(shapes, optimizer, rows=ROWS, image_size=size, canvas=size, mixed=True, ranks=1)
-    assert memory.saved == pytest.approx(kept_on_cpu(real, size, autocast=True), rel=0.1)
+    assert memory.saved == pytest.approx(kept_on_cpu(real, size, autocast=True), rel=0.125)
 
 
 def test_the_frozen_prefix_needs_its_largest_layer() -> None:

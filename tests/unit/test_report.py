@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_transfer.report import (
+    aligned,
     contact_sheet,
     plot_confusion,
     plot_curves,
@@ -88,6 +89,16 @@ def test_numbers_have_four_digits(value: float, text: str) -> None:
     assert table([{"x": value}]).split("\n")[-1].strip() == text
 
 
+def test_aligned_numbers_stand_below_the_end_of_their_heading() -> None:
+    rows = [{"a": "x", "count": 1234567, "n": 0.25}, {"a": "long", "count": 1, "n": 1234.0}]
+    assert aligned(rows).split("\n") == [
+        "a         count        n",
+        "────  ─────────  ───────",
+        "x     1,234,567      0.2",
+        "long          1  1,234.0",
+    ]
+
+
 def test_summary_table() -> None:
     summary = {
         "val/accuracy": 0.9,
@@ -119,7 +130,7 @@ def test_a_failed_save_leaves_the_earlier_picture(tmp_path: Path, monkeypatch: p
     path = tmp_path / "plot.png"
     path.write_text("earlier")
 
-    def fail(figure: Figure, file: Path) -> None:
+    def fail(figure: Figure, file: Path, **options: object) -> None:
         file.write_text("half")
         raise OSError("disk full")
 
