@@ -35,7 +35,6 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, metavar="N", help="loader processes a rank; default: the run's")
     parser.add_argument("--batch", type=int, metavar="N", help="samples per step, over all ranks")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="ranks; default: 1")
-    parser.add_argument("--precision", choices=("32", "bf16-mixed", "16-mixed"), help="default: the run's")
     options: argparse.Namespace = parser.parse_args(argv)
     return options
 
@@ -102,7 +101,6 @@ def main(argv: Sequence[str]) -> int:
     config: Config = load(options.run / "config.yaml")
     trainer = TrainerConfig(
         devices=options.devices,
-        precision=options.precision or config.trainer.precision,
         deterministic=config.trainer.deterministic,
         progress=not options.json and sys.stderr.isatty(),
     )

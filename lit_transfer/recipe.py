@@ -132,7 +132,8 @@ class Phase:
         global_batch: samples per optimizer step, over all ranks.
         optimizer: `adamw` or `sgd`.
         momentum: of SGD.
-        weight_decay: of matrices and kernels; biases and normalisation weights have none.
+        weight_decay: of matrices and kernels; biases, normalisation weights and what the network
+            itself exempts have none.
         schedule: `constant`, or `warmup_cosine`: linear to the full rate, then a half cosine to zero.
         warmup_steps: steps of the linear part.
         norm: `pretrained` keeps BatchNorm's running statistics in the trained stages; `batch` uses and updates the
