@@ -221,7 +221,10 @@ def _init_worker(_: int) -> None:
 
 
 class ImageData(pl.LightningDataModule):
-    """The streams of a run as one phase reads them. `first_epoch` counts the epochs of earlier phases."""
+    """The streams of a run as one phase reads them.
+
+    `first_epoch` counts the epochs of earlier phases, `epochs_done` those of this phase before it was stopped.
+    """
 
     def __init__(
         self,
@@ -232,6 +235,7 @@ class ImageData(pl.LightningDataModule):
         global_batch: int,
         first_epoch: int,
         workers: int,
+        epochs_done: int = 0,
     ) -> None:
         super().__init__()
         self.streams = streams
@@ -240,11 +244,14 @@ class ImageData(pl.LightningDataModule):
         self.global_batch = global_batch
         self.first_epoch = first_epoch
         self.workers = workers
+        self.epochs_done = epochs_done
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Shuffled batches of `train`; every rank must call it."""
         dataset = SampleDataset(self.streams["train"], self.preprocessing, self.seed)
-        return loader(dataset, self._sampler("train", seed=self.seed, first_epoch=self.first_epoch), self.workers)
+        sampler = self._sampler("train", seed=self.seed, first_epoch=self.first_epoch)
+        sampler.set_epoch(self.epochs_done)  # Lightning starts the workers of a resumed epoch before it says which
+        return loader(dataset, sampler, self.workers)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
         """Batches of `val` in the order of the manifest, or none; every rank must call it."""

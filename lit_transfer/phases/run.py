@@ -191,6 +191,9 @@ def _run_phase(
         first_step=first_step,
         stop_requested=stop,
     )
+    folder = job.run.checkpoints(phase.name)
+    last = folder / "last.ckpt"
+    epochs_done, steps_done = _done_in(last)
     data = ImageData(
         job.streams,
         job.preprocessing,
@@ -198,6 +201,7 @@ def _run_phase(
         global_batch=phase.global_batch,
         first_epoch=first_epoch,
         workers=config.data.workers,
+        epochs_done=epochs_done,
     )
     recorder = Recorder(
         metrics,
@@ -209,8 +213,6 @@ def _run_phase(
         global_batch=phase.global_batch,
         log_every_steps=config.trainer.log_every_steps,
     )
-    folder = job.run.checkpoints(phase.name)
-    last = folder / "last.ckpt"
     watched = [config.monitor, *([phase.until.metric] if phase.until else [])] if "val" in job.streams else []
     schedule = _Schedule(plan, stop, watched, fingerprint_hash(job.run.record["fingerprint"]))
     callbacks = [schedule, *_phase_callbacks(config, plan, folder), recorder]
@@ -224,7 +226,7 @@ def _run_phase(
     )
     if trainer.is_global_zero:
         _announce(plan, last.is_file())
-        metrics.drop_after(phase.name, first_step + _steps_in(last), [r.name for r in before])
+        metrics.drop_after(phase.name, first_step + steps_done, [r.name for r in before])
     trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     if phase.restore_best:
         best = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)
@@ -266,10 +268,12 @@ def _phase_callbacks(config: Config, plan: PhasePlan, folder: Path) -> list[pl.C
     return [*callbacks, _Checkpoint(filename="last", **common)]
 
 
-def _steps_in(checkpoint: Path) -> int:
+def _done_in(checkpoint: Path) -> tuple[int, int]:
+    """Whole epochs and optimizer steps of the phase that a `last.ckpt` holds; none if there is none."""
     if not checkpoint.is_file():
-        return 0
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+        return 0, 0
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return int(saved["epoch"]) + 1, int(saved["global_step"])
 
 
 def _announce(plan: PhasePlan, resumed: bool) -> None:
