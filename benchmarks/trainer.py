@@ -43,7 +43,7 @@ def job_of(phase: str, fraction: float, folder: Path) -> tuple[Job, list[PhasePl
     plain["phases"] = [{"name": phase, "max_epochs": 1, "global_batch": 32, **PHASES[phase]}]
     plain["data"] = {
         "train": plain["data"]["train"] | {"fraction": fraction},
-        "workers": plain["data"]["workers"],
+        "workers": 0,  # decoded in the process, so that the start of a worker is in neither time
     }
     changes = ["--runs_dir", str(folder), "--trainer.progress", "false", "--tracking.wandb", "off"]
     os.environ.pop(ENVIRONMENT, None)
