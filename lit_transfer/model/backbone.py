@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,16 +9,18 @@ from torch import Tensor, nn
 
 from lit_transfer.config import Image
 from lit_transfer.errors import UserError, require
-from lit_transfer.model.sources import Built, build_net, tensor_names
+from lit_transfer.model import weights
+from lit_transfer.model.sources import Built, build_net
 from lit_transfer.model.stages import (
+    Function,
     Stage,
     Step,
-    average,
-    class_token,
+    Table,
     find_cut,
     flatten,
     owners,
     summarise,
+    tensor_names,
 )
 from lit_transfer.recipe import Model
 
@@ -33,7 +34,7 @@ class Backbone(nn.Module):
         stages: in order; each tensor of `net` belongs to exactly one.
         features: width of the output.
         image: size, crop, interpolation, mean and std the network was made for.
-        provenance: backbone, weights, origin, sha256 and licence.
+        provenance: backbone, weights, origin (and up to which stage they were transferred), sha256 and licence.
 
     Raises:
         UserError: a tensor that belongs to no stage, or to several.
@@ -102,8 +103,8 @@ def build_backbone(
 ) -> Backbone:
     """Build the network, load its weights, cut it into stages, and take off its last layer and unused stages.
 
-    The stages are run once against the network's own forward pass and must agree to the bit (except on
-    `meta`, where nothing has a value). The global random state moves only where weights start random.
+    The stages are run once against the network's own forward pass and must give its last layer the same to the
+    bit (except on `meta`, where nothing has a value). The global random state moves only where weights start random.
 
     Args:
         model: all but `head` is read.
@@ -128,11 +129,17 @@ def build_backbone(
     provenance = {
         "backbone": model.backbone,
         "weights": model.weights if load_weights else "none",
-        "origin": source.origin if source else None,
+        "origin": _origin(source, model),
         "sha256": source.sha256() if source else None,
         "licence": source.licence if source else None,
     }
     return Backbone(model.backbone, net.train(), stages, features, network.image, provenance).to(device)
+
+
+def _origin(source: weights.Source | None, model: Model) -> str | None:
+    if source is None or model.transfer_to is None:
+        return source.origin if source else None
+    return f"{source.origin}, transferred up to {model.transfer_to}"
 
 
 def run_stages(net: nn.Module, stages: tuple[Stage, ...], x: Tensor) -> Tensor:
@@ -164,8 +171,13 @@ def _stages_kept(model: Model, names: list[str]) -> int:
 
 
 def _take_off_classifier(network: Built, image: Tensor, name: str) -> None:
-    """Take off the last layer and prove the stages equal to the whole network; mutates the net."""
+    """Take off the last layer and prove the stages equal to the whole network; mutates the net.
+
+    What the last layer is given is compared, not what it makes of it: a last layer of zeros would hide everything.
+    """
     net, table = network.net, network.table
+    for path in network.classifier:
+        net.set_submodule(path, nn.Identity())
     try:
         expected = net(image)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -174,16 +186,12 @@ def _take_off_classifier(network: Built, image: Tensor, name: str) -> None:
             f"{name} cannot take images of {image.shape[-1]} pixels ({reason}); set image.size to "
             f"{network.image.size}, which it was made for."
         ) from error
-    classifiers = [net.get_submodule(path) for path in network.classifier]
-    for path in network.classifier:
-        net.set_submodule(path, nn.Identity())
     owners(tensor_names(net), table.stages, name)
     if not table.is_cut or image.is_meta:
         return
-    assert len(classifiers) == 1, "families with a stage table have one last layer"
+    assert len(network.classifier) == 1, "families with a stage table have one last layer"
     try:
-        outputs = classifiers[0](run_stages(net, _extended(table.stages, table.end), image))
-        same = torch.equal(outputs, expected)
+        same = torch.equal(run_stages(net, _extended(table.stages, table.end), image), expected)
     except RuntimeError:  # shapes that do not fit together
         same = False
     require(
@@ -205,14 +213,14 @@ def _end_in_vector(network: Built, last: int, image: Tensor, model: Model) -> tu
     if last == len(table.stages) and model.pool == "auto":
         stages = _extended(stages, table.end)
     output = run_stages(net, stages, image)
-    end = _pooling(net, output, model)
+    end = _pooling(table, output, model)
     for step in end:
         output = step(net, output)
     require(output.ndim == 2, f"{model.backbone} ends in {list(output.shape)}, not in one vector per image.")
     return _extended(stages, end), output.shape[1]
 
 
-def _pooling(net: nn.Module, output: Tensor, model: Model) -> tuple[Callable[[nn.Module, Tensor], Tensor], ...]:
+def _pooling(table: Table, output: Tensor, model: Model) -> tuple[Function, ...]:
     """What turns the last stage's output into a vector."""
     if output.ndim == 2:
         require(
@@ -223,9 +231,7 @@ def _pooling(net: nn.Module, output: Tensor, model: Model) -> tuple[Callable[[nn
         return ()
     if model.pool == "flatten":
         return (flatten,)
-    if model.pool == "auto" and output.ndim == 3 and getattr(net, "global_pool", "avg") == "token":
-        return (class_token,)
-    return (average,)
+    return (table.pool if model.pool == "auto" else table.average,)
 
 
 def _remove(net: nn.Module, stages: tuple[Stage, ...]) -> None:

@@ -202,7 +202,7 @@ def load(path: str | Path) -> TransferModel:
     if not (folder / DESCRIPTION).is_file():
         folder = folder / "model"
     info = _read_description(folder, path)
-    model = replace(info.model, weights="none")
+    model = replace(info.model, weights="none", transfer_to=None)
     if (folder / ARCHITECTURE).is_file():
         model = replace(model, backbone=f"local-dir:{folder}")
     backbone = build_backbone(model, image_size=info.preprocessing.size, load_weights=False)

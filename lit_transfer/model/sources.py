@@ -18,7 +18,8 @@ from torch import nn
 from lit_transfer.config import Image
 from lit_transfer.errors import UserError, nearest, require
 from lit_transfer.model import weights
-from lit_transfer.model.stages import Table, owners, starts_with, table_of
+from lit_transfer.model.families import table_of
+from lit_transfer.model.stages import Table, find_cut, owners, starts_with, tensor_names
 from lit_transfer.recipe import Model
 
 IMAGENET = Image(
@@ -52,8 +53,11 @@ class Built:
 def build_net(model: Model, *, image_size: int | None = None, device: str = "cpu", load_weights: bool = True) -> Built:
     """Build the whole network and load its weights, its own classifier included where the file has it.
 
+    With `model.transfer_to` weights are copied up to and including that stage; all else has the values of a network
+    made without weights in the same random state (layer transfer, Yosinski et al. 2014, section 2).
+
     Args:
-        model: `backbone`, `weights`, `match`, `drop`, `strip_prefix`, `resample` and `last_stage` are read.
+        model: all but `pool` and `head` is read.
         image_size: side of the input; the network's own by default. Position embeddings are made for it.
         device: `cpu`, or `meta` for shapes without values (weights are not loaded then).
         load_weights: False leaves random values.
@@ -62,6 +66,26 @@ def build_net(model: Model, *, image_size: int | None = None, device: str = "cpu
         UserError: an unknown name, weights that are missing, or weights that do not match.
     """
     load_weights = load_weights and device != "meta" and model.weights != "none"
+    if model.transfer_to is None:
+        return _build(model, image_size, device, load_weights)
+    fresh = _build(model, image_size, device, load_weights=False)
+    later = _stages_behind(fresh, model, model.transfer_to)
+    require(
+        set(_stages_behind(fresh, model, model.last_stage)) <= set(later),
+        f"model.transfer_to '{model.transfer_to}' lies behind model.last_stage '{model.last_stage}', which removes it; "
+        "name an earlier stage, or remove the setting.",
+    )
+    if not load_weights:
+        return fresh
+    network = _build(model, image_size, device, load_weights)
+    new = [*later, *network.classifier]
+    tensors = {name: tensor for name, tensor in fresh.net.state_dict().items() if starts_with(name, new)}
+    network.net.load_state_dict(tensors, strict=False)
+    return network
+
+
+def _build(model: Model, image_size: int | None, device: str, load_weights: bool) -> Built:
+    """The whole network with all its weights, or all random."""
     pretrained = load_weights and model.weights == "pretrained"
     if pretrained:
         changed = [key for key, default in _MATCHING.items() if getattr(model, key) != default]
@@ -79,7 +103,8 @@ def build_net(model: Model, *, image_size: int | None = None, device: str = "cpu
     _quiet_dropout(network)
     if load_weights and not pretrained:
         source = weights.find(model.weights)
-        weights.load(network.net, source.path, model, network.classifier, _removed(network, model))
+        later = _stages_behind(network, model, model.transfer_to or model.last_stage)
+        weights.load(network.net, source.path, model, network.classifier, later)
         return replace(network, source=source)
     return network
 
@@ -87,20 +112,14 @@ def build_net(model: Model, *, image_size: int | None = None, device: str = "cpu
 _MATCHING: dict[str, Any] = {"drop": ["head"], "strip_prefix": "", "match": "name"}
 
 
-def _removed(network: Built, model: Model) -> tuple[str, ...]:
-    """Tensors of the stages behind `last_stage`: a file need not hold them."""
+def _stages_behind(network: Built, model: Model, last: str | None) -> tuple[str, ...]:
+    """Tensors of the stages behind one: a file need not hold those that are removed or not copied."""
     names = [stage.name for stage in network.table.stages]
-    if model.last_stage not in names:
+    if last is None:
         return ()
-    keep = names.index(model.last_stage) + 1
+    keep = find_cut(last, names, model.backbone) + 1
     tensors = [name for name in tensor_names(network.net) if not starts_with(name, network.classifier)]
     return tuple(name for name, i in owners(tensors, network.table.stages, model.backbone).items() if i >= keep)
-
-
-def tensor_names(net: nn.Module) -> list[str]:
-    """Names of all parameters and buffers, those not saved and those shared under several names included."""
-    parameters = [name for name, _ in net.named_parameters(remove_duplicate=False)]
-    return parameters + [name for name, _ in net.named_buffers(remove_duplicate=False)]
 
 
 def _make(build: Callable[[], nn.Module], device: str) -> nn.Module:

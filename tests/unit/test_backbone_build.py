@@ -5,12 +5,13 @@ import types
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 from lit_transfer.errors import UserError
 from lit_transfer.model import backbone as backbone_module
-from lit_transfer.model import stages
+from lit_transfer.model import families, stages
 from lit_transfer.model.backbone import Backbone, build_backbone
 from lit_transfer.model.sources import build_net
 from lit_transfer.model.stages import BODY, Stage
@@ -22,31 +23,39 @@ def random_model(name: str, **settings: object) -> Model:
 
 
 @torch.no_grad()
-def test_googlenet_without_its_auxiliary_classifiers_has_only_head_and_all() -> None:
-    network = build_net(random_model("torchvision/googlenet"), image_size=64)
-    assert not any("aux" in name for name in network.net.state_dict())
-    backbone = build_backbone(random_model("torchvision/googlenet"), image_size=64).eval()
-    images = torch.randn(2, 3, 64, 64)
-    assert backbone.stage_names == ("body",) and backbone.features == 1024
-    assert torch.equal(backbone.suffix(backbone.prefix(images, "all"), "all"), backbone.prefix(images, "head"))
+@pytest.mark.parametrize(("name", "size"), [("googlenet", 64), ("inception_v3", 96)])
+def test_inception_has_no_auxiliary_classifiers_and_sees_the_input_of_its_weights(name: str, size: int) -> None:
+    network = build_net(random_model(f"torchvision/{name}"), image_size=size)
+    assert not any("aux" in tensor.lower() for tensor in network.net.state_dict())
+    backbone = build_backbone(random_model(f"torchvision/{name}"), image_size=size).eval()
+    first = backbone.stages[0]
+    mean_half = first.steps[0](backbone.net, torch.zeros(1, 3, 1, 1))  # type: ignore[operator]
+    assert torch.allclose(mean_half.flatten(), torch.tensor([-0.03, -0.088, -0.188]), atol=1e-6)
+    images = torch.randn(2, 3, size, size)
     assert torch.is_tensor(backbone.train()(images)), "in training mode too, one vector and no auxiliary outputs"
     assert all(m.p == 0 for m in backbone.modules() if isinstance(m, nn.Dropout)), "the old head's dropout"
-    with pytest.raises(UserError, match=r"'inception4a' .* no stage table.* only head and all"):
-        backbone.cut_index("inception4a")
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "size", "features"),
-    [
-        ("torchvision/inception_v3", 96, 2048),
-        ("torchvision/regnet_x_400mf", 64, 400),
-        ("timm/resnet18", 64, 512),
-    ],
+    ("name", "features"),
+    [("torchvision/regnet_x_400mf", 400), ("torchvision/mnasnet0_5", 1280), ("timm/test_nfnet", 192)],
 )
-def test_networks_without_a_table_still_give_features(name: str, size: int, features: int) -> None:
+def test_networks_without_a_table_still_give_features(name: str, features: int) -> None:
     for device in ("cpu", "meta"):
-        backbone = build_backbone(random_model(name), image_size=size, device=device)
+        backbone = build_backbone(random_model(name), image_size=64, device=device).eval()
         assert (backbone.stage_names, backbone.features) == (("body",), features)
+    backbone = build_backbone(random_model(name), image_size=64).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(backbone.suffix(backbone.prefix(images, "all"), "all"), backbone.prefix(images, "head"))
+    with pytest.raises(UserError, match=r"'layer4' .* no stage table.* only head and all"):
+        backbone.cut_index("layer4")
+
+
+@pytest.mark.parametrize("drawn", [{"rope_rescale_coords": 2.0}, {"patch_drop_rate": 0.5}])
+def test_positions_drawn_anew_for_each_batch_are_never_cut(drawn: dict[str, float]) -> None:
+    assert families.table_of(timm.create_model("eva02_tiny_patch14_224", img_size=28)).is_cut
+    assert families.table_of(timm.create_model("eva02_tiny_patch14_224", img_size=28, **drawn)) == BODY
 
 
 @pytest.mark.parametrize(
@@ -141,17 +150,37 @@ def test_later_stages_are_removed_and_flattened() -> None:
         ("timm/tf_efficientnet_lite0", "blocks.4", "avg", 112),
         ("timm/vit_tiny_patch16_224", "blocks.3", "auto", 192),
         ("timm/vit_tiny_patch16_224", "blocks.3", "flatten", 192 * 17),
+        ("timm/swin_tiny_patch4_window7_224", "layers.1", "auto", 192),
+        ("timm/eva02_tiny_patch14_224", "blocks.3", "auto", 192),
+        ("torchvision/squeezenet1_1", "fire7", "auto", 384),
+        ("torchvision/mobilenet_v3_small", "features.12", "auto", 576),
+        ("torchvision/swin_t", "stage3", "auto", 384),
+        ("torchvision/swin_t", "top", "avg", 768),
+        ("torchvision/vit_b_16", "encoder_layer_1", "auto", 768),
     ],
 )
 def test_pooling_after_the_last_stage(name: str, last: str, pool: str, features: int) -> None:
-    backbone = build_backbone(random_model(name, last_stage=last, pool=pool), image_size=64).eval()
-    images = torch.randn(2, 3, 64, 64)
+    size = 56 if "patch14" in name else 64
+    backbone = build_backbone(random_model(name, last_stage=last, pool=pool), image_size=size).eval()
+    images = torch.randn(2, 3, size, size)
     assert backbone.features == features and backbone(images).shape == (2, features)
     assert backbone.stage_names[-1] == last
-    full = build_backbone(random_model(name), image_size=64, device="meta")
+    full = build_backbone(random_model(name), image_size=size, device="meta")
     later = full.stage_names[len(backbone.stages) :]
     kept = {tensor for tensor in full.state_dict() if full.stage_of(tensor) not in later}
     assert set(backbone.state_dict()) == kept
+
+
+@torch.no_grad()
+def test_torchvisions_tokens_are_pooled_as_the_network_does() -> None:
+    images = torch.randn(2, 3, 32, 32)
+    pooled = {}
+    for pool in ("auto", "avg", "flatten"):
+        torch.manual_seed(0)
+        model = random_model("torchvision/vit_b_16", last_stage="encoder_layer_0", pool=pool)
+        pooled[pool] = build_backbone(model, image_size=32).eval()(images)
+    tokens = pooled["flatten"].view(2, 5, 768)
+    assert torch.equal(pooled["auto"], tokens[:, 0]) and torch.equal(pooled["avg"], tokens[:, 1:].mean(1))
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_transfer.errors import UserError
 from lit_transfer.model import weights
+from lit_transfer.model.backbone import build_backbone
 from lit_transfer.model.sources import build_net
 from lit_transfer.recipe import Model
 
@@ -108,6 +109,88 @@ def test_pretrained_weights_come_from_the_hubs_caches(empty_hubs: Path) -> None:
     assert_same(network.net, tiny)
     assert network.source is not None and network.source.path == repository / "snapshots/abc/model.safetensors"
     assert network.source.licence == "apache-2.0"
+
+
+@pytest.fixture(params=["pretrained", "file", "run"])
+def pretrained(request: pytest.FixtureRequest, empty_hubs: Path) -> tuple[str, dict[str, Tensor]]:
+    """`weights` of a config, and the tensors of a ResNet-18 that they mean."""
+    net = random_net(RESNET, seed=1)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.num_batches_tracked is not None
+            module.running_mean.normal_()
+            module.num_batches_tracked.fill_(7)
+    tensors = net.state_dict()
+    if request.param == "pretrained":
+        saved(empty_hubs / "torch/hub/checkpoints", tensors, "resnet18-f37072fd.pth")
+        return "pretrained", tensors
+    if request.param == "file":
+        return saved(empty_hubs, tensors), tensors
+    # A run may have left out what the transfer does not need.
+    kept = {f"backbone.net.{name}": t for name, t in tensors.items() if not name.startswith(("layer3", "layer4", "fc"))}
+    saved(empty_hubs, {**kept, "head.logits.weight": torch.zeros(2, 128)}, "model/weights.safetensors")
+    return f"run:{empty_hubs}", tensors
+
+
+def test_transferred_stages_have_the_weights_and_later_ones_begin_anew(
+    pretrained: tuple[str, dict[str, Tensor]],
+) -> None:
+    place, tensors = pretrained
+    fresh = random_net(RESNET, seed=5).state_dict()
+    torch.manual_seed(5)
+    model = Model(backbone=RESNET, weights=place, transfer_to="layer2")
+    state = build_net(model).net.state_dict()
+    assert state.keys() == tensors.keys()
+    for name, tensor in state.items():
+        new = name.startswith(("layer3", "layer4", "fc"))
+        assert torch.equal(tensor, (fresh if new else tensors)[name]), name
+        # The scales and shifts of BatchNorm begin alike in every network; all else tells the two apart.
+        alike = name.endswith((".weight", ".bias")) and tensor.ndim == 1 and "fc" not in name
+        alike |= name.endswith("running_var")
+        assert alike or not torch.equal(fresh[name], tensors[name]), name
+    provenance = build_backbone(model, image_size=32).provenance
+    assert provenance["weights"] == place and str(provenance["origin"]).endswith(", transferred up to layer2")
+
+
+def test_a_planned_transfer_seeks_no_weights() -> None:
+    model = Model(backbone=RESNET, weights="file:absent.pth", transfer_to="layer2")
+    assert build_net(model, load_weights=False).source is None
+    assert all(parameter.is_meta for parameter in build_net(model, device="meta").net.parameters())
+    with pytest.raises(UserError, match=r"absent\.pth does not exist"):
+        build_net(model)
+
+
+def test_a_transfer_counts_the_stages_that_are_kept(tmp_path: Path) -> None:
+    tensors = random_net(RESNET, seed=1).state_dict()
+    short = saved(tmp_path, {name: t for name, t in tensors.items() if not name.startswith("layer3")})
+    model = Model(backbone=RESNET, weights=short, transfer_to="layer2", last_stage="layer3")
+    kept = build_backbone(model, image_size=32).state_dict()
+    early = {name: t for name, t in tensors.items() if name.startswith(("conv1", "bn1", "layer1", "layer2"))}
+    assert all(torch.equal(kept[f"net.{name}"], t) for name, t in early.items())
+    assert {name.split(".")[1] for name in kept} == {"conv1", "bn1", "layer1", "layer2", "layer3"}
+    with pytest.raises(UserError, match=r"missing: layer3\.0\.conv1\.weight"):
+        build_net(Model(backbone=RESNET, weights=short, transfer_to="layer3"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"transfer_to": "layer2", "weights": "none"},
+            r"'layer2' copies weights, but model.weights is none; name some",
+        ),
+        ({"transfer_to": "head"}, r"model.transfer_to 'head' is not a stage's name"),
+        ({"transfer_to": "all"}, r"model.transfer_to 'all' is not a stage's name"),
+        ({"transfer_to": "layer9"}, r"'layer9' is not a stage of .*; its stages are stem, layer1 to layer4\. Did you"),
+        ({"transfer_to": "layer4", "last_stage": "layer3"}, r"'layer4' lies behind model.last_stage 'layer3'"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_transfers_that_cannot_be_are_refused_before_weights_are_sought(
+    settings: dict[str, str], message: str, device: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        build_net(Model(**{"backbone": RESNET, "weights": "file:absent.pth", **settings}), device=device)
 
 
 def test_a_local_folder_in_timms_format(tmp_path: Path) -> None:
