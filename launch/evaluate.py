@@ -19,7 +19,6 @@ from lit_transfer.evaluation import Evaluation, check_column, predict_samples, w
 from lit_transfer.launch import run as run_verb
 from lit_transfer.launch.options import Parser
 from lit_transfer.model import portable
-from lit_transfer.phases.table import expand
 from lit_transfer.reading import load
 from lit_transfer.report import table
 
@@ -105,7 +104,8 @@ def main(argv: Sequence[str]) -> int:
         progress=not options.json and sys.stderr.isatty(),
     )
     workers = config.data.workers if options.workers is None else options.workers
-    batch = expand(config)[-1].global_batch if options.batch is None else options.batch
+    assert isinstance(config.phases, list), "a run's own config has its presets expanded"
+    batch = config.phases[-1].global_batch if options.batch is None else options.batch
     require(batch >= 1, f"--batch {batch} is under 1; give 1 or more.")
     config = replace(config, trainer=trainer, data=replace(config.data, workers=workers))
 

@@ -26,19 +26,21 @@ from lit_transfer.data.plan import share
 from lit_transfer.errors import UserError, require
 from lit_transfer.launch import run
 from lit_transfer.launch.options import Parser, read_config
+from lit_transfer.launch.train import build_network
 from lit_transfer.model.augment import settle_image
 from lit_transfer.model.backbone import build_backbone
-from lit_transfer.model.heads import build_head
 from lit_transfer.model.memory import Memory, phase_memory
-from lit_transfer.model.network import Network
+from lit_transfer.model.network import Layout, Network
 from lit_transfer.model.weights import find
-from lit_transfer.objectives.losses import check_objective, class_weights, outputs
+from lit_transfer.objectives.losses import class_weights, outputs
 from lit_transfer.objectives.metrics import metric_names
 from lit_transfer.phases.optim import build_optimizer
-from lit_transfer.phases.table import PhasePlan, check_metrics, expand, resolve
+from lit_transfer.phases.presets import expand
+from lit_transfer.phases.table import PhasePlan, check_metrics, check_objectives, resolve
 from lit_transfer.phases.trainer import ranks_of
 from lit_transfer.reading import to_plain
 from lit_transfer.report import aligned
+from lit_transfer.schedule import Phase
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,13 @@ class Step:
     trained: int
     memory: Memory
 
-    @property
-    def rates(self) -> dict[str, float]:
-        """The learning rate of every stage that trains, and of the head."""
-        return {stage: group.lr for group in self.plan.groups for stage in group.stages or ("head",)}
+    def rate(self, layout: Layout, part: str) -> str:
+        """The learning rate of a stage or the head, for people; `part` where not all of it trains."""
+        lr = {name: group.lr for group in self.plan.groups for name in group.parameters}
+        names = [p.name for p in layout.parameters if p.stage == part]
+        found = sorted({lr[name] for name in names if name in lr})
+        text = " to ".join(f"{rate:.3g}" for rate in dict.fromkeys((found[0], found[-1]))) if found else "frozen"
+        return text + (" (part)" if found and not all(name in lr for name in names) else "")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,10 +78,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--expand", action="store_true")
     own, rest = parser.parse_known_args(argv)
     config: Config = read_config(rest or argv, "lit-transfer plan", __doc__)
+    samples, classes = _count("samples", own.samples, 1), _count("classes", own.classes, 2)
     if own.expand:
-        print(expanded(config), end="")
+        print(expanded(config, samples), end="")
     else:
-        print(described(config, _count("samples", own.samples, 1), _count("classes", own.classes, 2)))
+        print(described(config, samples, classes))
     return 0
 
 
@@ -86,9 +92,18 @@ def _count(name: str, text: str | None, least: int) -> int | None:
     return None if text is None else int(text)
 
 
-def expanded(config: Config) -> str:
-    """The phases as a YAML list, every setting written out."""
-    rows = [{key: value for key, value in to_plain(p).items() if value is not None} for p in expand(config)]
+def expanded(config: Config, samples: int | None = None) -> str:
+    """The phases as a YAML list of what differs from the defaults; `samples` stands for a dataset that is not there."""
+    stages: Sequence[str] = ()
+    if not isinstance(config.phases, list):
+        stages = build_backbone(config.model, device="meta", load_weights=False).stage_names
+        if (Path(config.data.train.manifest) / FILE_NAME).is_file():
+            samples = len(open_streams(config.data, config.seed)["train"].rows)
+    defaults = {field.name: field.default for field in fields(Phase)}
+    rows = [
+        {key: value for key, value in to_plain(phase).items() if value not in (defaults[key], {})}
+        for phase in expand(config, stages, samples)
+    ]
     return yaml.safe_dump(rows, sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -99,15 +114,13 @@ def described(config: Config, samples: int | None = None, classes: int | None = 
         UserError: no dataset and no `samples`, or a config that does not fit the dataset or the network.
     """
     dataset = read_dataset(config, samples, classes)
-    check_objective(dataset.task, config.objective)
-    backbone = build_backbone(config.model, image_size=config.image.size, device="meta", load_weights=False)
-    head = build_head(config.model.head, backbone.features, outputs(dataset.task, len(dataset.classes)), config.seed)
-    network = Network(backbone, head.to("meta"))
-    image, preprocessing = settle_image(config.image, backbone.image)
-    phases = expand(config)
+    network = build_network(config, outputs(dataset.task, len(dataset.classes)), device="meta")
+    image, preprocessing = settle_image(config.image, network.backbone.image)
+    phases = expand(config, network.backbone.stage_names, dataset.samples)
     config = replace(config, image=image, phases=phases)
+    check_objectives(dataset.task, config.objective, phases)
     check_metrics(config, phases, metric_names(dataset.task, len(dataset.classes)))
-    plans = resolve(config, backbone.stage_names, dataset.samples)
+    plans = resolve(config, network.layout(), dataset.samples)
     steps = [_step(config, network, plan, preprocessing, dataset.samples) for plan in plans]
     blocks = [
         f"Plan of run {config.name}, seed {config.seed}, written to {config.run_dir}",
@@ -151,12 +164,12 @@ def read_dataset(config: Config, samples: int | None, classes: int | None) -> Da
 
 def _step(config: Config, network: Network, plan: PhasePlan, preprocessing: Preprocessing, samples: int) -> Step:
     """What a phase trains and needs; sets the network's cut."""
-    network.set_cut(plan.cut, plan.phase.norm)
+    network.set_trained(plan.trained, plan.phase.norm, grad_checkpointing=plan.phase.grad_checkpointing)
     ranks = ranks_of(config.trainer)
     memory = phase_memory(
         network,
         build_optimizer(network, plan),
-        rows=math.ceil(min(plan.phase.global_batch, samples) / ranks),
+        rows=math.ceil(math.ceil(min(plan.phase.global_batch, samples) / plan.phase.accumulate) / ranks),
         image_size=preprocessing.size,
         canvas=preprocessing.canvas,
         mixed=config.trainer.precision != "32",
@@ -189,7 +202,7 @@ def _pictures(preprocessing: Preprocessing, augment: Augment) -> str:
 
 
 def _stages(config: Config, network: Network, steps: Sequence[Step]) -> str:
-    backbone = network.backbone
+    backbone, layout = network.backbone, network.layout()
     counts = {
         name: _size(parameter for _, parameter in backbone.stage_parameters(index))
         for index, name in enumerate(backbone.stage_names)
@@ -197,7 +210,7 @@ def _stages(config: Config, network: Network, steps: Sequence[Step]) -> str:
     counts["head"] = _size(network.head.parameters())
     rows = [
         {"stage": name, "parameters": count}
-        | {f"lr in {s.plan.phase.name}": f"{s.rates[name]:g}" if name in s.rates else "frozen" for s in steps}
+        | {f"lr in {step.plan.phase.name}": step.rate(layout, name) for step in steps}
         for name, count in counts.items()
     ]
     return (
@@ -218,27 +231,54 @@ def _missing_weights(weights: str) -> str:
 
 
 def _phases(network: Network, steps: Sequence[Step]) -> str:
-    total = _size(network.parameters())
+    total, layout = _size(network.parameters()), network.layout()
     rows = []
     for step in steps:
-        phase, rates = step.plan.phase, {group.name: group.lr for group in step.plan.groups}
+        phase = step.plan.phase
+        rates = {name: lr for name, lr in step.plan.rates.items() if name != "head"}
+        span = (
+            " to ".join(f"{lr:.3g}" for lr in dict.fromkeys((min(rates.values()), max(rates.values()))))
+            if rates
+            else "-"
+        )
         momentum = f", momentum {phase.momentum:g}" if phase.optimizer == "sgd" else ""
         rows.append(
             {
                 "phase": phase.name,
-                "trains": step.plan.cut if step.plan.cut in ("head", "all") else f"from {step.plan.cut}",
+                "trains": _what_trains(step.plan),
                 "parameters": step.trained,
                 "share": f"{step.trained / total:6.1%}",
-                "head lr": f"{rates['head']:g}",
-                "backbone lr": f"{rates['backbone']:g}" if "backbone" in rates else "-",
+                "head lr": step.rate(layout, "head"),
+                "backbone lr": span,
                 "schedule": phase.schedule,
                 "optimizer": f"{phase.optimizer}{momentum}",
                 "decay": f"{phase.weight_decay:g}",
             }
         )
-    batch = [step.plan.phase.name for step in steps if step.plan.phase.norm == "batch"]
-    note = f"\nBatchNorm uses and updates the statistics of the batch in {', '.join(batch)}" if batch else ""
-    return f"Phases\n{aligned(rows)}{note}"
+    return "\n".join(
+        [f"Phases\n{aligned(rows)}", *(_also(step.plan.phase) for step in steps if _also(step.plan.phase))]
+    )
+
+
+def _what_trains(plan: PhasePlan) -> str:
+    if plan.phase.patterns is not None:
+        return ", ".join(plan.phase.patterns)
+    return plan.phase.train if isinstance(plan.phase.train, str) else f"from {plan.cut}"
+
+
+ALSO = (
+    *("optimizer_args", "schedule_args", "layer_decay", "accumulate", "clip_norm", "augment_strength"),
+    *("label_smoothing", "mixup", "cutmix", "ema_decay", "compile", "grad_checkpointing"),
+)
+"""Settings of a phase that are told only where they are not the default."""
+
+
+def _also(phase: Phase) -> str:
+    plain, usual = to_plain(phase), {field.name: field.default for field in fields(Phase)}
+    told = [f"{key} {plain[key]}" for key in ALSO if plain[key] not in (usual[key], {})]
+    if phase.norm == "batch":
+        told.append("BatchNorm uses and updates the statistics of the batch")
+    return f"{phase.name}: {'; '.join(told)}" if told else ""
 
 
 def _batches(config: Config, steps: Sequence[Step], samples: int) -> str:
@@ -250,30 +290,39 @@ def _batches(config: Config, steps: Sequence[Step], samples: int) -> str:
             {
                 "phase": phase.name,
                 "global batch": phase.global_batch,
-                "rows/rank": math.ceil(phase.global_batch / ranks),
+                "rows/rank": math.ceil(math.ceil(phase.global_batch / phase.accumulate) / ranks),
                 "last batch": samples - (per_epoch - 1) * phase.global_batch,
                 "steps/epoch": per_epoch,
-                "epochs": phase.max_epochs,
+                "epochs": math.ceil(step.plan.max_steps / per_epoch),
                 "steps": step.plan.max_steps,
                 "warm-up": phase.warmup_steps,
             }
         )
     here = " on this machine" if config.trainer.devices == "auto" else ""
     epochs, total = (sum(int(str(row[key])) for row in rows) for key in ("epochs", "steps"))
+    pictures = sum(step.plan.max_steps * samples // step.plan.steps_per_epoch for step in steps)
     return (
         f"Batches: {samples:,} samples an epoch, {ranks} rank{'s' if ranks > 1 else ''} "
         f"(nodes {config.trainer.num_nodes}, devices {config.trainer.devices}{here})\n{aligned(rows)}\n"
-        f"{epochs:,} epochs, {total:,} steps and {epochs * samples:,} pictures at most\n"
+        f"{epochs:,} epochs, {total:,} steps and {pictures:,} pictures at most\n"
         + "\n".join(_end(step.plan, config.monitor) for step in steps)
     )
 
 
 def _end(plan: PhasePlan, monitor: str) -> str:
-    phase, epochs = plan.phase, plan.phase.max_epochs
-    text = f"{phase.name}: {epochs} epoch{'s' if epochs > 1 else ''}"
-    if phase.until:
+    phase = plan.phase
+    count, unit = (phase.max_steps, "step") if phase.max_steps else (phase.max_epochs or 0, "epoch")
+    text = f"{phase.name}: {count} {unit}{'s' if count > 1 else ''}"
+    if phase.max_minutes:
+        text += f", or {phase.max_minutes:g} minutes"
+    if phase.until and phase.until.patience:
         least = f" by {phase.until.min_delta:g}" if phase.until.min_delta else ""
         text += f", or {phase.until.patience} validations without a better {phase.until.metric}{least}"
+    elif phase.until:
+        bound = f"below {phase.until.below:g}" if phase.until.below is not None else f"above {phase.until.above:g}"
+        text += f", or {phase.until.metric} {bound}"
+    if phase.validate_every_steps:
+        text += f"; validated every {phase.validate_every_steps} steps"
     return text + (f"; then back to the best {monitor}" if phase.restore_best else "")
 
 

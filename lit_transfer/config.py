@@ -1,7 +1,8 @@
 """One run as frozen, keyword-only dataclasses. YAML keys are field names; units stand in names.
 
 The rules that need only the config are in each `__post_init__`; rules that also need the backbone's stages
-or the dataset are in `phases/table.py`. What is learned stands in `recipe.py`.
+or the dataset are in `phases/table.py`. What is learned stands in `recipe.py`, a row of
+the phase table in `schedule.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_transfer.errors import require
-from lit_transfer.recipe import Model, Objective, Phase
+from lit_transfer.recipe import Model, Objective
+from lit_transfer.schedule import Phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +171,24 @@ class Trainer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When a run saves what it needs to go on, beside the end of each epoch and a signal. It changes no figure.
+
+    Args:
+        every_steps: optimizer steps between two checkpoints.
+        every_minutes: wall-clock minutes between two checkpoints.
+    """
+
+    every_steps: int | None = None
+    every_minutes: float | None = 15.0
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "every_minutes"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"checkpoint.{name} {value} is not positive; null is never.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tracking:
     """What is recorded beside the run directory.
 
@@ -205,6 +225,7 @@ class Config:
         phases: a list of phases, or `{preset: NAME, ...}` with the preset's own settings.
         monitor: validation metric that names the best epoch.
         trainer: ranks and precision.
+        checkpoint: when what is needed to go on is saved.
         tracking: Weights & Biases.
     """
 
@@ -219,6 +240,7 @@ class Config:
     phases: list[Phase] | dict[str, Any]
     monitor: str = "val/loss"
     trainer: Trainer = field(default_factory=Trainer)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
 
     def __post_init__(self) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_transfer.config import Config
-from lit_transfer.config import Trainer as TrainerConfig
 from lit_transfer.data.decode import Preprocessing, open_rgb
 from lit_transfer.data.module import Samples
 from lit_transfer.data.packing.names import natural_key
@@ -27,9 +24,9 @@ from lit_transfer.model.network import Network
 from lit_transfer.model.portable import Description, save_portable
 from lit_transfer.objectives.decisions import choose_threshold, decide
 from lit_transfer.objectives.metrics import confusion, metrics, per_class
-from lit_transfer.phases.run import Job, PhaseResult
-from lit_transfer.phases.table import expand
-from lit_transfer.phases.trainer import predict_stream, ranks_of
+from lit_transfer.phases.checkpoint import PhaseResult
+from lit_transfer.phases.run import Job
+from lit_transfer.phases.trainer import check_machine, predict_stream, ranks_of
 from lit_transfer.reading import to_plain
 from lit_transfer.report import contact_sheet, plot_confusion, plot_curves, plot_predictions, plot_roc
 
@@ -211,7 +208,8 @@ def conclude(job: Job, results: Sequence[PhaseResult]) -> dict[str, Any]:
 def _evaluate_splits(job: Job) -> dict[str, Evaluation]:
     """`test` and `val` of a run, as far as it has them, with the threshold that `val` gives."""
     manifest = job.streams["train"].manifest
-    batch = expand(job.config)[-1].global_batch
+    assert isinstance(job.config.phases, list), "expanded"
+    batch = job.config.phases[-1].global_batch
     said = {
         split: predict_samples(job.config, job.network, job.streams[split], job.preprocessing, batch)
         for split in ("test", "val")
@@ -237,29 +235,20 @@ def _records(job: Job, results: Sequence[PhaseResult]) -> dict[str, Any]:
     """What a run cost and what it was computed on, as flat keys."""
     values: dict[str, Any] = {}
     for result in results:
-        for field in ("seconds", "images_per_s", "data_wait_share", "epochs"):
+        for field in ("seconds", "images_per_s", "data_wait_share", "peak_memory_mib", "epochs", "steps"):
             values[f"{field}/{result.name}"] = getattr(result, field)
         values[f"ended/{result.name}"] = result.reason
     values["seconds/total"] = sum(result.seconds for result in results)
-    device, memory = _device_and_memory(job.config.trainer)
     return values | {
         **{f"samples/{split}": len(stream.rows) for split, stream in job.streams.items()},
         "dataset_digest": job.streams["train"].manifest.digest,
         "run_id": job.run.id,
         "commit": job.run.record["commit"],
         "ranks": ranks_of(job.config.trainer),
-        "device": device,
+        "device": torch.cuda.get_device_name() if check_machine(job.config.trainer) else "cpu",
         "precision": job.config.trainer.precision,
-        "peak_memory_mib": memory,
+        "peak_memory_mib": max(result.peak_memory_mib for result in results),
     }
-
-
-def _device_and_memory(config: TrainerConfig) -> tuple[str, int]:
-    """The device's name and the most memory, in MiB, that rank 0 has used on it (on a CPU: resident)."""
-    if config.accelerator != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() // 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-    return "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 
 
 def _description(job: Job, threshold: list[float] | None, figures: dict[str, float]) -> Description:

@@ -1,8 +1,7 @@
-"""The sections of a config that say what is learned: the network, the loss and the phases."""
+"""The sections of a config that say what is learned: the network and the loss."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -45,6 +44,8 @@ class Model:
         strip_prefix: prefix to remove from the file's names, such as `module.`.
         resample: tensors that may be interpolated to another size; only `pos_embed` is supported.
         last_stage: the last stage to keep, by name; later ones are removed. All are kept by default.
+        transfer_to: the last stage whose weights are copied, by name; later ones start as those of a new network,
+            from the run's seed (Yosinski et al. 2014). All are copied by default.
         pool: how the last stage's output becomes a vector: `auto` is the network's own way, else the average
             over positions, or all positions side by side.
         head: the new head.
@@ -57,6 +58,7 @@ class Model:
     strip_prefix: str = ""
     resample: list[str] = field(default_factory=list)
     last_stage: str | None = None
+    transfer_to: str | None = None
     pool: Literal["auto", "avg", "flatten"] = "auto"
     head: Head = field(default_factory=Head)
 
@@ -68,6 +70,14 @@ class Model:
         )
         unknown = set(self.resample) - {"pos_embed"}
         require(not unknown, f"model.resample {sorted(unknown)} cannot be resampled; only pos_embed can.")
+        require(
+            self.transfer_to not in ("all", "head"),
+            f"model.transfer_to '{self.transfer_to}' is not a stage's name; name the last stage to copy, or remove it.",
+        )
+        require(
+            self.transfer_to is None or self.weights != "none",
+            f"model.transfer_to '{self.transfer_to}' copies weights, but model.weights is none; name some.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,99 +104,3 @@ class Objective:
         require(self.focal_gamma >= 0, f"objective.focal_gamma {self.focal_gamma} is negative.")
         weights = self.class_weights if isinstance(self.class_weights, list) else []
         require(all(w >= 0 for w in weights), f"objective.class_weights {weights} has a negative weight.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Until:
-    """Ends a phase early when a metric stops improving.
-
-    Args:
-        metric: a validation metric, such as `val/loss`.
-        patience: validations without an improvement before the phase ends.
-        min_delta: smallest change that counts as an improvement.
-    """
-
-    metric: str
-    patience: int
-    min_delta: float = 0.0
-
-    def __post_init__(self) -> None:
-        require(
-            self.metric.startswith("val/"),
-            f"until.metric '{self.metric}' must be a validation metric: val/...",
-        )
-        require(self.patience >= 1, f"until.patience {self.patience} is under 1.")
-        require(self.min_delta >= 0, f"until.min_delta {self.min_delta} is negative.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """One row of the phase table: what trains, how fast, for how long.
-
-    Args:
-        name: names the phase's checkpoints and curves.
-        train: `head`, `all`, or `{from: STAGE}`: that stage and all behind it, and the head.
-        max_epochs: passes over the training stream, at most.
-        lr: learning rate of the head.
-        backbone_lr: learning rate of the trained stages; needed as soon as one trains.
-        global_batch: samples per optimizer step, over all ranks.
-        optimizer: `adamw` or `sgd`.
-        momentum: of SGD.
-        weight_decay: of matrices and kernels; biases, normalisation weights and what the network
-            itself exempts have none.
-        schedule: `constant`, or `warmup_cosine`: linear to the full rate, then a half cosine to zero.
-        warmup_steps: steps of the linear part.
-        norm: `pretrained` keeps BatchNorm's running statistics in the trained stages; `batch` uses and updates the
-            batch's own, for training from scratch or pictures far from those of the pretraining. On several GPUs
-            that is SyncBatchNorm; on CPU ranks each has its own part of the batch, so the result depends on them.
-        until: ends the phase early.
-        restore_best: go on with the weights of the phase's best validation by `monitor`, not with its last.
-    """
-
-    name: str
-    train: str | dict[str, str] = "head"
-    max_epochs: int
-    lr: float
-    backbone_lr: float | None = None
-    global_batch: int = 64
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    schedule: Literal["constant", "warmup_cosine"] = "constant"
-    warmup_steps: int = 0
-    norm: Literal["pretrained", "batch"] = "pretrained"
-    until: Until | None = None
-    restore_best: bool = False
-
-    def __post_init__(self) -> None:
-        where = f"phase '{self.name}'"
-        require(bool(re.fullmatch(r"[A-Za-z0-9_-]+", self.name)), f"{where}: a name has letters, digits, _ and -.")
-        named = isinstance(self.train, str) and self.train in ("head", "all")
-        from_stage = isinstance(self.train, dict) and set(self.train) == {"from"}
-        require(named or from_stage, f"{where}: train {self.train!r} is not head, all or {{from: STAGE}}.")
-        require(self.max_epochs >= 1, f"{where}: max_epochs {self.max_epochs} is under 1.")
-        require(self.global_batch >= 1, f"{where}: global_batch {self.global_batch} is under 1.")
-        require(self.lr > 0, f"{where}: lr {self.lr} is not positive.")
-        require(0 <= self.momentum < 1, f"{where}: momentum {self.momentum} is outside [0, 1).")
-        require(self.weight_decay >= 0, f"{where}: weight_decay {self.weight_decay} is negative.")
-        require(self.warmup_steps >= 0, f"{where}: warmup_steps {self.warmup_steps} is negative.")
-        require(
-            self.warmup_steps == 0 or self.schedule == "warmup_cosine",
-            f"{where}: warmup_steps {self.warmup_steps} needs schedule warmup_cosine, not {self.schedule}.",
-        )
-        if isinstance(self.train, dict):
-            stage = self.train["from"]
-            require(
-                stage not in ("head", "all"),
-                f"{where}: train.from '{stage}' is no stage; write train: {stage}.",
-            )
-        if self.train == "head":
-            require(
-                self.backbone_lr is None,
-                f"{where}: backbone_lr {self.backbone_lr} is given but only the head trains; remove it.",
-            )
-        else:
-            require(
-                self.backbone_lr is not None and self.backbone_lr > 0,
-                f"{where}: backbone_lr {self.backbone_lr} must be positive where stages train; try lr / 10.",
-            )

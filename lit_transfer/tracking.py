@@ -10,21 +10,22 @@ import os
 import secrets
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from lit_transfer.config import Config
+from lit_transfer.data.plan import steps_per_epoch
 from lit_transfer.errors import UserError
 from lit_transfer.files import replacing, write_json, write_text
-from lit_transfer.model.module import TransferModule
 from lit_transfer.reading import to_plain, to_yaml
 
 ENVIRONMENT = "LIT_TRANSFER_RUN"
@@ -51,7 +52,8 @@ class Run:
 
     Args:
         folder: the run directory.
-        record: what `run.json` holds: `id`, `created`, `commit`, `fingerprint` and the versions in use.
+        record: what `run.json` holds: `id`, `created`, `commit`, the versions in use, `fingerprint`, and `earlier` ones
+            that --allow-changed-plan has replaced.
         resumed: whether the directory was there before.
     """
 
@@ -75,10 +77,17 @@ class Run:
         return json.loads(path.read_text()) if path.is_file() else None
 
 
-def open_run(config: Config, fingerprint: dict[str, Any], compare: Callable[[Any, Any], list[str]]) -> Run:
+def open_run(
+    config: Config,
+    fingerprint: dict[str, Any],
+    compare: Callable[[Any, Any], list[str]],
+    *,
+    allow_changes: bool = False,
+) -> Run:
     """Make the run directory, or open it again to go on.
 
-    The process that starts the ranks decides once, and hands the decision to them through the environment.
+    The process that starts the ranks decides once, and hands the decision to them through the environment. With
+    `allow_changes` another fingerprint takes the place of the run's, and `run.json` keeps the old one and the changes.
 
     Raises:
         UserError: the directory is that of another run; the differences are listed.
@@ -92,15 +101,20 @@ def open_run(config: Config, fingerprint: dict[str, Any], compare: Callable[[Any
     if resumed:
         record = json.loads(path.read_text())
         changed = compare(record["fingerprint"], json.loads(json.dumps(fingerprint)))
-        if changed:
+        if changed and not allow_changes:
             raise UserError(
                 f"{config.run_dir} holds a run with other settings ({'; '.join(changed[:8])}); choose "
-                "another name, or remove the directory."
+                "another name, remove the directory, or go on under the new ones with --allow-changed-plan."
             )
+        if changed:
+            earlier = {"until": _now(), "changes": changed, "fingerprint": record["fingerprint"]}
+            record = record | {"fingerprint": fingerprint, "earlier": [*record.get("earlier", []), earlier]}
+            write_text(folder / "config.yaml", to_yaml(config))
+            write_json(path, record)
     else:
         record = {
             "id": f"{config.name}-{secrets.token_hex(4)}",
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "created": _now(),
             "commit": commit(),
             "versions": {"torch": torch.__version__, "pytorch_lightning": version("pytorch-lightning")},
             "fingerprint": fingerprint,
@@ -109,6 +123,10 @@ def open_run(config: Config, fingerprint: dict[str, Any], compare: Callable[[Any
         write_json(path, record)
     os.environ[ENVIRONMENT] = json.dumps({"folder": str(folder), "record": record, "resumed": resumed})
     return Run(folder, record, resumed)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class MetricsFile:
@@ -195,10 +213,10 @@ def _has_wandb_key() -> bool:
         return False
 
 
-class Recorder(pl.Callback):
+class Recorder:
     """Writes a phase's curves: learning rates, loss, metrics, images per second, share of time spent waiting.
 
-    Its seconds and images are in the checkpoint, so a resumed phase counts the whole of its work.
+    Its totals are in the checkpoint, so a resumed phase counts the whole of its work.
     """
 
     def __init__(
@@ -219,76 +237,70 @@ class Recorder(pl.Callback):
         self.first_epoch, self.first_step = first_epoch, first_step
         self.samples, self.global_batch = samples, global_batch
         self.log_every_steps = log_every_steps
-        self.train_seconds, self.wait_seconds, self.seconds_before, self.images = 0.0, 0.0, 0.0, 0
-        self._started = self._mark = self._since = time.perf_counter()
-        self._window_images, self._window_wait = 0, 0.0
+        self.totals = dict.fromkeys(("seconds", "train_seconds", "wait_seconds", "checkpoint_seconds", "images"), 0.0)
+        self._started = self._mark = self._waiting_since = time.perf_counter()
+        self._window = dict.fromkeys(("images", "seconds", "wait"), 0.0)
 
     @property
     def seconds(self) -> float:
         """Wall-clock seconds of the phase so far, validation and checkpoints included."""
-        return self.seconds_before + time.perf_counter() - self._started
+        return self.totals["seconds"] + time.perf_counter() - self._started
 
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, float]:
         """Totals of the phase, kept over a stop."""
-        totals = {
-            "train_seconds": self.train_seconds,
-            "wait_seconds": self.wait_seconds,
-            "images": self.images,
-        }
-        return totals | {"seconds": self.seconds}
+        return self.totals | {"seconds": self.seconds}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def go_on_from(self, state: dict[str, float]) -> None:
         """Go on from the totals of a checkpoint."""
-        self.train_seconds, self.wait_seconds = state_dict["train_seconds"], state_dict["wait_seconds"]
-        self.images, self.seconds_before = state_dict["images"], state_dict["seconds"]
+        self.totals = dict(state)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock of an epoch: validation between epochs is not training time."""
-        self._mark = self._since = time.perf_counter()
+    def mark(self) -> None:
+        """What follows counts for the next step; what came since the last one does not."""
+        self._mark = self._waiting_since = time.perf_counter()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """The batch has come: what passed since the last step ended was waiting."""
-        waited = time.perf_counter() - self._mark
-        self.wait_seconds += waited
-        self._window_wait += waited
+    def part_ended(self) -> None:
+        """What follows is waiting for the next part of the step."""
+        self._waiting_since = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Count the step's images and write a row every `log_every_steps`."""
-        assert isinstance(pl_module, TransferModule)
-        now = time.perf_counter()
-        images = min(self.global_batch, self.samples - batch_idx * self.global_batch)
-        self.images += images
-        self._window_images += images
-        last = (batch_idx + 1) * self.global_batch >= self.samples
-        if trainer.global_step % self.log_every_steps == 0 or last:
-            seconds = now - self._since
-            self.train_seconds += seconds
-            rates = {f"lr/{g['name'].split('/')[0]}": g["lr"] for g in trainer.optimizers[0].param_groups}
-            self._write(
-                trainer,
-                {
-                    "train/loss": pl_module.train_loss,
-                    **rates,
-                    "images_per_s": self._window_images / seconds,
-                    "data_wait_share": self._window_wait / seconds,
-                },
-            )
-            self._since, self._window_images, self._window_wait = now, 0, 0.0
-        self._mark = time.perf_counter()
+    def batch_came(self) -> None:
+        """What passed since the last part of a step ended was waiting."""
+        waited = time.perf_counter() - self._waiting_since
+        self.totals["wait_seconds"] += waited
+        self._window["wait"] += waited
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the metrics of a validation."""
-        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        self._write(trainer, values)
+    def step_ended(self, step: int, loss: float, optimizer: torch.optim.Optimizer) -> None:
+        """Count the images of a step of the phase, counted from 1; a row every `log_every_steps` and epoch."""
+        seconds = time.perf_counter() - self._mark
+        place = (step - 1) % steps_per_epoch(self.samples, self.global_batch)
+        images = min(self.global_batch, self.samples - place * self.global_batch)
+        self.totals["images"] += images
+        self.totals["train_seconds"] += seconds
+        self._window = {
+            "images": self._window["images"] + images,
+            "seconds": self._window["seconds"] + seconds,
+            "wait": self._window["wait"],
+        }
+        last = (place + 1) * self.global_batch >= self.samples
+        if (self.first_step + step) % self.log_every_steps == 0 or last:
+            rates = {f"lr/{g['name'].rpartition('/')[0]}": g["lr"] for g in optimizer.param_groups}
+            speed = {
+                "images_per_s": self._window["images"] / self._window["seconds"],
+                "data_wait_share": self._window["wait"] / self._window["seconds"],
+            }
+            self.write(step, {"train/loss": loss, **rates, **speed})
+            self._window = dict.fromkeys(self._window, 0.0)
 
-    def _write(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
-        if not trainer.is_global_zero:
-            return
-        epoch, step = self.first_epoch + trainer.current_epoch, self.first_step + trainer.global_step
-        self.metrics.add(self.phase, epoch, step, values)
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Count the time of a checkpoint."""
+        start = time.perf_counter()
+        yield
+        self.totals["checkpoint_seconds"] += time.perf_counter() - start
+
+    @rank_zero_only
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write values at a step of the phase; only rank 0 does."""
+        epoch = self.first_epoch + (step - 1) // steps_per_epoch(self.samples, self.global_batch)
+        self.metrics.add(self.phase, epoch, self.first_step + step, values)
         if self.logger:
-            self.logger.log_metrics(values | {"epoch": float(epoch)}, step=step)
+            self.logger.log_metrics(values | {"epoch": float(epoch)}, step=self.first_step + step)

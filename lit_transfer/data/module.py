@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import signal
 import threading
@@ -51,6 +52,11 @@ class Samples:
     def labels(self) -> Tensor:
         """The stream's own targets, [N] or [N, K], in the order of `rows`."""
         return torch.from_numpy(self.targets[self.rows])
+
+    def entries(self, rows: plan.Rows) -> int:
+        """How many labelled entries the targets of some rows have."""
+        targets = self.targets[rows]
+        return int(np.count_nonzero(targets >= 0 if targets.ndim == 1 else ~np.isnan(targets)))
 
 
 def open_stream(stream: Stream, label: str | None, seed: int) -> Samples:
@@ -119,7 +125,8 @@ class SampleDataset(Dataset[dict[str, Tensor]]):
     """Decodes one `plan.Batch` at a time.
 
     An item has `image` uint8 [B, 3, canvas, canvas], `target`, `weight` [B], `row` [B], `valid` [B]
-    (False where padded), and for training `uniform` [B, DRAWS] for augmentation.
+    (False where padded), `entries` (labelled ones of the whole step), and for training `uniform` [B, DRAWS]
+    for augmentation.
     """
 
     def __init__(self, samples: Samples, preprocessing: Preprocessing, augment_seed: int | None) -> None:
@@ -139,6 +146,7 @@ class SampleDataset(Dataset[dict[str, Tensor]]):
             "weight": torch.from_numpy(self.samples.weights[rows]),
             "row": torch.from_numpy(batch.rows),
             "valid": torch.from_numpy(valid),
+            "entries": torch.tensor(batch.entries),
         }
         if self.augment_seed is not None:
             item["uniform"] = torch.from_numpy(plan.uniforms(self.augment_seed, batch.epoch, rows, DRAWS))
@@ -152,42 +160,77 @@ class SampleDataset(Dataset[dict[str, Tensor]]):
             raise UserError(f"sample {key} of {self.samples.manifest.path} cannot be decoded: {error}") from error
 
 
-class PlanSampler(Sampler[plan.Batch]):
-    """One rank's batches of an epoch. Lightning calls `set_epoch` before each."""
+class TrainSampler(Sampler[plan.Batch]):
+    """One rank's batches of some steps of a phase: where it goes on is one counter, the same on every rank.
+
+    Args:
+        samples: what is trained on.
+        seed: of the order.
+        global_batch: samples of a step.
+        steps: of the phase, counted from 0; an epoch ends whenever all samples have been seen.
+        parts: in which a step is computed, one batch each.
+        first_epoch: epochs of earlier phases.
+        rank: this one.
+        ranks: of all nodes.
+    """
 
     def __init__(
         self,
         samples: Samples,
         *,
+        seed: int,
         global_batch: int,
-        rank: int,
-        ranks: int,
-        seed: int | None = None,
+        steps: range,
+        parts: int = 1,
         first_epoch: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
+        self.samples = samples
+        self.seed = seed
+        self.global_batch = global_batch
+        self.steps = steps
+        self.parts = parts
+        self.first_epoch = first_epoch
+        self.rank, self.ranks = rank, ranks
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.parts
+
+    def __iter__(self) -> Iterator[plan.Batch]:
+        per_epoch = plan.steps_per_epoch(len(self.samples.rows), self.global_batch)
+        order, shuffled_epoch = self.samples.rows, None
+        for phase_step in self.steps:
+            phase_epoch, step = divmod(phase_step, per_epoch)
+            epoch = self.first_epoch + phase_epoch
+            if epoch != shuffled_epoch:
+                order = plan.shuffled(self.samples.rows, self.samples.manifest.digest, self.seed, epoch)
+                shuffled_epoch = epoch
+            rows = plan.step_rows(order, step, self.global_batch)
+            entries = self.samples.entries(rows)
+            for part in range(self.parts):
+                mine = plan.slice_of(plan.slice_of(rows, part, self.parts), self.rank, self.ranks)
+                yield plan.Batch(epoch, mine, entries)
+
+
+class EvalSampler(Sampler[plan.Batch]):
+    """One rank's batches of a whole stream, in the order of the manifest."""
+
+    def __init__(self, samples: Samples, *, global_batch: int, rank: int = 0, ranks: int = 1) -> None:
         self.samples = samples
         self.global_batch = global_batch
         self.rank, self.ranks = rank, ranks
-        self.seed = seed
-        self.first_epoch = first_epoch
-        self.epoch = first_epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, counted from the start of the phase."""
-        self.epoch = self.first_epoch + epoch
 
     def __len__(self) -> int:
         return plan.steps_per_epoch(len(self.samples.rows), self.global_batch)
 
     def __iter__(self) -> Iterator[plan.Batch]:
-        order = self.samples.rows
-        if self.seed is not None:
-            order = plan.shuffled(order, self.samples.manifest.digest, self.seed, self.epoch)
         for step in range(len(self)):
-            yield plan.Batch(self.epoch, plan.rank_slice(order, step, self.global_batch, self.rank, self.ranks))
+            rows = plan.step_rows(self.samples.rows, step, self.global_batch)
+            yield plan.Batch(0, plan.slice_of(rows, self.rank, self.ranks), self.samples.entries(rows))
 
 
-def loader(dataset: SampleDataset, sampler: PlanSampler, workers: int) -> DataLoader[dict[str, Tensor]]:
+def loader(dataset: SampleDataset, sampler: Sampler[plan.Batch], workers: int) -> DataLoader[dict[str, Tensor]]:
     """A loader of whole batches, in the sampler's order; `workers` processes, 0 decodes here."""
     return DataLoader(
         dataset,
@@ -223,7 +266,15 @@ def _init_worker(_: int) -> None:
 class ImageData(pl.LightningDataModule):
     """The streams of a run as one phase reads them.
 
-    `first_epoch` counts the epochs of earlier phases, `epochs_done` those of this phase before it was stopped.
+    Args:
+        streams: by name; `train` and `val` are read.
+        preprocessing: picture to canvas.
+        seed: of the order and of augmentation.
+        global_batch: samples of a step, over all ranks.
+        workers: loader processes per rank.
+        steps: of the phase that are still to come.
+        parts: in which a step is computed.
+        first_epoch: epochs of earlier phases.
     """
 
     def __init__(
@@ -233,24 +284,35 @@ class ImageData(pl.LightningDataModule):
         *,
         seed: int,
         global_batch: int,
-        first_epoch: int,
         workers: int,
-        epochs_done: int = 0,
+        steps: range = range(0),
+        parts: int = 1,
+        first_epoch: int = 0,
     ) -> None:
         super().__init__()
         self.streams = streams
         self.preprocessing = preprocessing
         self.seed = seed
         self.global_batch = global_batch
-        self.first_epoch = first_epoch
         self.workers = workers
-        self.epochs_done = epochs_done
+        self.steps = steps
+        self.parts = parts
+        self.first_epoch = first_epoch
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Shuffled batches of `train`; every rank must call it."""
         dataset = SampleDataset(self.streams["train"], self.preprocessing, self.seed)
-        sampler = self._sampler("train", seed=self.seed, first_epoch=self.first_epoch)
-        sampler.set_epoch(self.epochs_done)  # Lightning starts the workers of a resumed epoch before it says which
+        rank, ranks = self._place()
+        sampler = TrainSampler(
+            self.streams["train"],
+            seed=self.seed,
+            global_batch=self.global_batch,
+            steps=self.steps,
+            parts=self.parts,
+            first_epoch=self.first_epoch,
+            rank=rank,
+            ranks=ranks,
+        )
         return loader(dataset, sampler, self.workers)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
@@ -260,15 +322,11 @@ class ImageData(pl.LightningDataModule):
     def eval_dataloader(self, stream: str) -> DataLoader[dict[str, Tensor]]:
         """Every sample of a stream once, in the order of the manifest; every rank must call it."""
         dataset = SampleDataset(self.streams[stream], self.preprocessing, None)
-        return loader(dataset, self._sampler(stream), self.workers)
+        rank, ranks = self._place()
+        rows = math.ceil(self.global_batch / self.parts)
+        sampler = EvalSampler(self.streams[stream], global_batch=rows, rank=rank, ranks=ranks)
+        return loader(dataset, sampler, self.workers)
 
-    def _sampler(self, stream: str, seed: int | None = None, first_epoch: int = 0) -> PlanSampler:
-        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return PlanSampler(
-            self.streams[stream],
-            global_batch=self.global_batch,
-            rank=rank,
-            ranks=ranks,
-            seed=seed,
-            first_epoch=first_epoch,
-        )
+    def _place(self) -> tuple[int, int]:
+        """This rank, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

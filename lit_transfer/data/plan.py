@@ -20,10 +20,17 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's slice of one step: manifest rows [B], `PADDING` where the slice is filled up."""
+    """One rank's slice of one step, or of a part of it.
+
+    Args:
+        epoch: of the run, counted from 0.
+        rows: manifest rows [B], `PADDING` where the slice is filled up.
+        entries: labelled entries of the whole step, over all ranks and parts: what its loss is divided by.
+    """
 
     epoch: int
     rows: Rows
+    entries: int = 0
 
 
 def shuffled(rows: Rows, digest: str, seed: int, epoch: int | str) -> Rows:
@@ -44,12 +51,16 @@ def steps_per_epoch(samples: int, global_batch: int) -> int:
     return math.ceil(samples / global_batch)
 
 
-def rank_slice(order: Rows, step: int, global_batch: int, rank: int, ranks: int) -> Rows:
-    """The rows [ceil(batch / ranks)] of a rank at a step; every rank has as many, the last ones padded."""
-    rows = order[step * global_batch : (step + 1) * global_batch]
-    share = math.ceil(len(rows) / ranks)
-    mine = rows[rank * share : (rank + 1) * share]
-    return np.concatenate([mine, np.full(share - len(mine), PADDING, np.int64)])
+def step_rows(order: Rows, step: int, global_batch: int) -> Rows:
+    """The rows of all ranks at a step of an epoch."""
+    return order[step * global_batch : (step + 1) * global_batch]
+
+
+def slice_of(rows: Rows, index: int, count: int) -> Rows:
+    """The rows [ceil(rows / count)] of a rank, or of a part of a step; all are as long, the last ones padded."""
+    size = max(1, math.ceil(len(rows) / count))
+    mine = rows[index * size : (index + 1) * size]
+    return np.concatenate([mine, np.full(size - len(mine), PADDING, np.int64)])
 
 
 def uniforms(seed: int, epoch: int, rows: Rows, draws: int) -> NDArray[np.float32]:

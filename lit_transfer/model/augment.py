@@ -124,3 +124,39 @@ def colours(images: Tensor, uniform: Tensor, augment: Augment) -> Tensor:
 def _grey(images: Tensor) -> Tensor:
     weights = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)  # ITU-R BT.601
     return (images * weights).sum(dim=1, keepdim=True)
+
+
+def scaled(augment: Augment, strength: float) -> Augment:
+    """All ranges and probabilities times `strength`, cut off where they end; 0 is no augmentation."""
+    ends = {"rotate_degrees": 180.0, "zoom": 0.99}
+    numbers = {key: value for key, value in asdict(augment).items() if key not in ("quarter_turns", "crop_area")}
+    return Augment(
+        **{key: min(value * strength, ends.get(key, 1.0)) for key, value in numbers.items()},
+        quarter_turns=augment.quarter_turns and strength > 0,
+        crop_area=max(1 - (1 - augment.crop_area) * strength, 0.01),
+    )
+
+
+def mix(images: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, float]:
+    """Mix each picture [B, 3, H, W] with the one before it in the batch, by the global generator.
+
+    mixup: Zhang et al. 2018, eq. 1, with alpha `mixup`; cutmix: Yun et al. 2019, section 3.2, with alpha `cutmix`.
+    Where both are given, either is taken half of the time.
+
+    Returns:
+        The pictures, and the share of each that is its own: the weight of its own target.
+    """
+    cut = cutmix > 0 and (mixup == 0 or torch.rand(()).item() < 0.5)
+    alpha = torch.tensor(cutmix if cut else mixup)
+    own = torch.distributions.Beta(alpha, alpha).sample().item()
+    others = images.roll(1, 0)
+    if not cut:
+        return images * own + others * (1 - own), own
+    height, width = images.shape[2:]
+    half = math.sqrt(1 - own) / 2
+    y, x = torch.rand(2).tolist()
+    top, bottom = (round(height * min(max(edge, 0.0), 1.0)) for edge in (y - half, y + half))
+    left, right = (round(width * min(max(edge, 0.0), 1.0)) for edge in (x - half, x + half))
+    images = images.clone()
+    images[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+    return images, 1 - (bottom - top) * (right - left) / (height * width)

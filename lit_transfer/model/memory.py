@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,3 +167,23 @@ def _activation_bytes(tensor: Tensor, mixed: bool) -> int:
     """Of the whole storage; half where mixed precision holds it in 16 bits."""
     size = tensor.untyped_storage().nbytes()
     return size // 2 if mixed and tensor.dtype == torch.float32 else size
+
+
+def reset_peak_memory() -> None:
+    """Forget the peak so far, where it can be forgotten: on GPUs, and on Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
+
+
+def peak_memory_mib() -> float:
+    """The most memory since `reset_peak_memory`: allocated on the GPU, or resident of the whole process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file():
+        kib = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert kib, "Linux tells it"
+        return int(kib[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes

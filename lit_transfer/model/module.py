@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from lit_transfer.config import Augment
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.plan import PADDING
 from lit_transfer.errors import UserError
-from lit_transfer.model.augment import eval_input, train_input
+from lit_transfer.model.augment import eval_input, mix, train_input
 from lit_transfer.model.network import Network, batch_norms
 from lit_transfer.objectives.decisions import probabilities
 from lit_transfer.objectives.losses import loss_rows
@@ -25,6 +25,10 @@ from lit_transfer.objectives.metrics import metrics
 from lit_transfer.recipe import Objective
 
 Batch = dict[str, Tensor]
+
+
+class LossNotFinite(UserError):
+    """The training loss became infinite or not a number."""
 
 
 class Stopped(Exception):
@@ -59,9 +63,12 @@ class TransferModule(pl.LightningModule):
         objective: settings of the loss.
         class_weights: per class, or None (see `objectives/losses.py`).
         optimizer: over the trained parameters of the network; None to evaluate only.
-        seed: of dropout.
-        first_step: optimizer steps of earlier phases.
-        stop_requested: whether a signal has reached this process.
+        mixup: alpha of mixup; 0 is none.
+        cutmix: alpha of CutMix; 0 is none.
+        parts: batches of an optimizer step.
+        seed: of dropout, mixup and CutMix.
+        first_step: optimizer steps of the run before this fit.
+        requests: what this rank asks of all, such as a stop; `agreed` then says whether any rank did.
     """
 
     class_weights: Tensor | None
@@ -76,9 +83,12 @@ class TransferModule(pl.LightningModule):
         objective: Objective | None = None,
         class_weights: Tensor | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        parts: int = 1,
         seed: int = 0,
         first_step: int = 0,
-        stop_requested: Callable[[], bool] = lambda: False,
+        requests: Callable[[], Sequence[bool]] = tuple,
     ) -> None:
         super().__init__()
         self.network = network
@@ -88,10 +98,14 @@ class TransferModule(pl.LightningModule):
         self.objective = objective or Objective()
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.optimizer = optimizer
+        self.mixup, self.cutmix = mixup, cutmix
+        self.parts = parts
         self.seed = seed
         self.first_step = first_step
-        self.stop_requested = stop_requested
+        self.requests = requests
+        self.agreed: list[bool] = []
         self.train_loss = float("nan")
+        self._loss_sum = 0.0
         self.predictions: Predictions | None = None
         self._eval_rows: list[dict[str, Tensor]] = []
 
@@ -105,34 +119,42 @@ class TransferModule(pl.LightningModule):
         return self.optimizer
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed dropout from (seed, run step, rank), so a resumed run draws what a whole one would."""
+        """Seed what is random from (seed, run step, part, rank), so a resumed run draws what a whole one would."""
         step = self.first_step + self.global_step
-        key = hashlib.sha256(f"{self.seed}|{step}|{self.global_rank}".encode()).digest()
+        key = hashlib.sha256(f"{self.seed}|{step}|{batch_idx % self.parts}|{self.global_rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(key[:8], "little"))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss whose gradient, averaged by DDP, is that of the global mean over labelled entries."""
+        """Loss whose gradient, summed over the parts of a step and averaged by DDP, is that of the global mean."""
         with torch.autocast(self.device.type, enabled=False):
             images = train_input(batch["image"], batch["uniform"], self.augment, self.preprocessing)
-        values, counts = self._loss(self(images), batch)
-        total, count = values.sum(), counts.sum()
-        shared = self._all_reduce(torch.stack([total.detach(), count, count.new_tensor(float(self.stop_requested()))]))
-        self.train_loss = float(shared[0] / shared[1].clamp(min=1))
-        if shared[2] > 0:
-            raise Stopped
-        if not np.isfinite(self.train_loss):
-            raise UserError(
-                f"train/loss is {self.train_loss} at step {self.first_step + self.global_step}; lower the "
-                "phase's learning rates, or use trainer.precision 32."
-            )
-        return total * self.trainer.world_size / shared[1].clamp(min=1).to(total)
+            own = 1.0
+            if self.mixup or self.cutmix:
+                images, own = mix(images, self.mixup, self.cutmix)
+        logits = self(images)
+        total = self._loss_of(logits, batch, own).sum()
+        self._agree(total, batch, part=batch_idx % self.parts)
+        # Lightning divides by the parts of a step, DDP by the ranks.
+        return total * (self.parts * self.trainer.world_size) / batch["entries"].clamp(min=1).to(total)
+
+    def share_running_statistics(self) -> None:
+        """Make the running statistics of `norm: batch` the same on every rank; every rank must call it."""
+        if self.network.norm != "batch" or self.trainer.world_size == 1:
+            return
+        for norm in batch_norms(self.network):
+            if norm.training and norm.running_mean is not None and norm.running_var is not None:
+                # The variance of the ranks' union: mean of E[x^2], less the square of the common mean.
+                square = norm.running_var + norm.running_mean**2
+                mean = self._all_reduce(norm.running_mean.clone()) / self.trainer.world_size
+                norm.running_var.copy_(self._all_reduce(square) / self.trainer.world_size - mean**2)
+                norm.running_mean.copy_(mean)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep this rank's rows; padded ones are told apart by their row number."""
         with torch.autocast(self.device.type, enabled=False):
             images = eval_input(batch["image"], self.preprocessing)
         logits = self(images).float()
-        values, counts = self._loss(logits, batch)
+        values, counts = self._rows(logits, batch)
         kept = {
             "row": batch["row"],
             "logits": logits,
@@ -141,16 +163,6 @@ class TransferModule(pl.LightningModule):
             "count": counts,
         }
         self._eval_rows.append({name: tensor.detach().cpu() for name, tensor in kept.items()})
-
-    def on_validation_start(self) -> None:
-        """Make the running statistics of `norm: batch` the same on every rank; every rank must call it."""
-        if self.network.norm == "batch":
-            self._share_running_statistics()
-
-    def on_train_epoch_end(self) -> None:
-        """The same before a checkpoint, where no validation has done it; every rank must call it."""
-        if self.network.norm == "batch" and not self.trainer.val_dataloaders:
-            self._share_running_statistics()
 
     def on_validation_epoch_start(self) -> None:
         """Forget the rows of the last validation."""
@@ -173,23 +185,33 @@ class TransferModule(pl.LightningModule):
         named = {"val/loss": self.predictions.loss} | {f"val/{name}": value for name, value in values.items()}
         self.log_dict(named, logger=False, rank_zero_only=False, batch_size=1)
 
-    def _loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Weighted loss and count of labelled entries of each row, both [B]; zero where padded."""
-        values, counts = loss_rows(self.task, logits, batch["target"], self.objective, self.class_weights)
-        valid = batch["valid"]
-        zero = torch.zeros_like(values)
-        return torch.where(valid, values * batch["weight"], zero), torch.where(valid, counts, zero).float()
+    def _loss_of(self, logits: Tensor, batch: Batch, own: float) -> Tensor:
+        """Weighted loss of each row [B], where `own` of it is due to the row's own target; zero where padded."""
+        values, _ = self._rows(logits, batch)
+        if own < 1:
+            others = {name: batch[name].roll(1, 0) for name in ("target", "weight")}
+            values = own * values + (1 - own) * self._rows(logits, others)[0]
+        return torch.where(batch["valid"], values, torch.zeros_like(values))
 
-    def _share_running_statistics(self) -> None:
-        if self.trainer.world_size == 1:
-            return
-        for norm in batch_norms(self.network):
-            if norm.running_mean is not None and norm.running_var is not None:
-                # The variance of the ranks' union: mean of E[x^2], less the square of the common mean.
-                square = norm.running_var + norm.running_mean**2
-                mean = self._all_reduce(norm.running_mean.clone()) / self.trainer.world_size
-                norm.running_var.copy_(self._all_reduce(square) / self.trainer.world_size - mean**2)
-                norm.running_mean.copy_(mean)
+    def _rows(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Weighted loss and count of labelled entries of each row, both [B], also where padded."""
+        values, counts = loss_rows(self.task, logits, batch["target"], self.objective, self.class_weights)
+        return values * batch["weight"], counts
+
+    def _agree(self, total: Tensor, batch: Batch, part: int) -> None:
+        """Set `agreed` and `train_loss`, the same on every rank."""
+        asked = [float(asks) for asks in self.requests()]
+        shared = self._all_reduce(torch.cat([total.detach()[None], total.new_tensor(asked)]))
+        loss, *asks = shared.tolist()
+        self.agreed = [value > 0 for value in asks]
+        self._loss_sum = loss + (self._loss_sum if part else 0.0)
+        if part == self.parts - 1:
+            self.train_loss = self._loss_sum / max(1, int(batch["entries"]))
+        if not np.isfinite(loss):
+            raise LossNotFinite(
+                f"train/loss is {loss} at step {self.first_step + self.global_step}; lower the "
+                "phase's learning rates, or use trainer.precision 32."
+            )
 
     def _all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place where there are several."""

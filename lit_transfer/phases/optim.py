@@ -2,59 +2,116 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
+from lit_transfer.errors import UserError, nearest, require
 from lit_transfer.model.network import Network
-from lit_transfer.phases.table import PhasePlan, lr_factor
-
-
-def parameter_groups(network: Network, plan: PhasePlan) -> list[dict[str, Any]]:
-    """What trains, as optimizer groups named `head/decay`, `head/no_decay`, `backbone/decay`, ...
-
-    Vectors and scalars (biases, normalisation) have no weight decay, nor has what the network itself names in
-    `no_weight_decay()`, as timm's do (position embeddings and tokens). Frozen parameters are in no group.
-    """
-    stages = range(network.first_trained, len(network.backbone.stages))
-    named = {
-        "head": list(network.head.named_parameters()),
-        "backbone": [pair for index in stages for pair in network.backbone.stage_parameters(index)],
-    }
-    exempt = {f"net.{name}" for name in getattr(network.backbone.net, "no_weight_decay", set)()}
-    groups: list[dict[str, Any]] = []
-    for group in plan.groups:
-        decayed: list[nn.Parameter] = [p for name, p in named[group.name] if p.ndim > 1 and name not in exempt]
-        others: list[nn.Parameter] = [p for name, p in named[group.name] if p.ndim <= 1 or name in exempt]
-        for kind, parameters, decay in (
-            ("decay", decayed, plan.phase.weight_decay),
-            ("no_decay", others, 0.0),
-        ):
-            if parameters:
-                name = f"{group.name}/{kind}"
-                groups.append({"params": parameters, "name": name, "lr": group.lr, "weight_decay": decay})
-    covered = {id(p) for g in groups for p in g["params"]}
-    assert covered == {id(p) for p in network.parameters() if p.requires_grad}, "every trained parameter in one group"
-    return groups
+from lit_transfer.phases.table import PhasePlan
+from lit_transfer.schedule import Phase
 
 
 def build_optimizer(network: Network, plan: PhasePlan) -> torch.optim.Optimizer:
-    """The optimizer of a phase over its parameter groups; the network's cut must be set before."""
-    groups = parameter_groups(network, plan)
-    if plan.phase.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=plan.phase.lr, momentum=plan.phase.momentum)
-    return torch.optim.AdamW(groups, lr=plan.phase.lr)
+    """The optimizer of a phase over its groups; what trains must have been set in the network before.
+
+    Raises:
+        UserError: torch.optim has no such optimizer, or it does not take the arguments or the groups.
+    """
+    phase = plan.phase
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    assert set(parameters) == set(plan.trained), "every parameter that trains is in one group, and no other"
+    groups = [
+        {"params": [parameters[name] for name in g.parameters], "name": g.name, "lr": g.lr}
+        | {"weight_decay": g.weight_decay}
+        for g in plan.groups
+    ]
+    momentum = {"momentum": phase.momentum} if phase.optimizer.lower() == "sgd" else {}
+    arguments: dict[str, Any] = {"lr": plan.groups[0].lr} | momentum | phase.optimizer_args
+    try:
+        optimizer: torch.optim.Optimizer = optimizer_class(phase)(groups, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"phase '{phase.name}': optimizer {phase.optimizer} with {phase.optimizer_args} cannot be made ({error})."
+        ) from error
+    return optimizer
 
 
-def lr_at(plan: PhasePlan, step: int) -> dict[str, float]:
-    """Learning rate of `head` and `backbone` at a step of the phase, counted from 0; a pure function."""
-    factor = lr_factor(plan.phase, step, plan.max_steps)
-    return {group.name: group.lr * factor for group in plan.groups}
+def check_optimizers(network: Network, plans: Sequence[PhasePlan]) -> None:
+    """Build the optimizer of every phase, for the faults that this finds; mutates what trains in the network."""
+    for plan in plans:
+        network.set_trained(plan.trained)
+        build_optimizer(network, plan)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, plan: PhasePlan, step: int) -> None:
+def optimizer_class(phase: Phase) -> Any:
+    """The class of torch.optim that a phase names, in any case."""
+    found = {name.lower(): value for name, value in vars(torch.optim).items() if isinstance(value, type)}
+    found = {name: cls for name, cls in found.items() if issubclass(cls, torch.optim.Optimizer)}
+    wanted = phase.optimizer.lower()
+    require(
+        wanted in found and wanted != "optimizer",
+        f"phase '{phase.name}': optimizer '{phase.optimizer}' is not in torch.optim, which has "
+        f"{', '.join(sorted(set(found) - {'optimizer'}))}.{nearest(wanted, list(found))}",
+    )
+    for key in phase.optimizer_args:
+        require(
+            key not in ("lr", "weight_decay", "params"),
+            f"phase '{phase.name}': optimizer_args.{key} stands in a field of its own (lr, backbone_lr, weight_decay); "
+            "set it there.",
+        )
+    return found[wanted]
+
+
+def lr_factor(phase: Phase, step: int, max_steps: int, drops: int = 0) -> float:
+    """Share of the full learning rate at a step of the phase, counted from 0; a pure function.
+
+    Args:
+        phase: its schedule.
+        step: of the phase.
+        max_steps: of the phase; where it ends early, the schedule is cut short.
+        drops: how often `plateau` has lowered the rate.
+    """
+    args = phase.full_schedule_args
+    match phase.schedule:
+        case "constant":
+            return 1.0
+        case "plateau":
+            return float(args["gamma"] ** drops)
+        case "warmup_cosine":
+            if step < phase.warmup_steps:
+                return (step + 1) / (phase.warmup_steps + 1)
+            return _cosine(1.0, args["end_factor"], (step - phase.warmup_steps) / (max_steps - phase.warmup_steps))
+        case "one_cycle":
+            peak = args["peak_at"] * max_steps
+            if step < peak:
+                return _cosine(args["start_factor"], 1.0, step / peak)
+            return _cosine(1.0, args["end_factor"], (step - peak) / max(max_steps - peak, 1e-9))
+        case "step":
+            if step < phase.warmup_steps:
+                return step / phase.warmup_steps
+            return float(args["gamma"] ** _passed(args["milestones"], step, max_steps))
+
+
+def _cosine(start: float, end: float, done: float) -> float:
+    """From start to end along half a cosine."""
+    return start + (end - start) * 0.5 * (1 - math.cos(math.pi * min(1.0, done)))
+
+
+def _passed(milestones: Sequence[float], step: int, max_steps: int) -> int:
+    return sum(step > round(share * max_steps) for share in milestones)
+
+
+def lr_at(plan: PhasePlan, step: int, drops: int = 0) -> dict[str, float]:
+    """Learning rates at a step of the phase, counted from 0, by whose they are (`Group.rate_name`)."""
+    factor = lr_factor(plan.phase, step, plan.max_steps, drops)
+    return {name: lr * factor for name, lr in plan.rates.items()}
+
+
+def set_lr(optimizer: torch.optim.Optimizer, plan: PhasePlan, step: int, drops: int = 0) -> None:
     """Give every group its learning rate at a step of the phase; mutates the optimizer."""
-    rates = lr_at(plan, step)
+    rates = lr_at(plan, step, drops)
     for group in optimizer.param_groups:
-        group["lr"] = rates[group["name"].split("/")[0]]
+        group["lr"] = rates[group["name"].rpartition("/")[0]]

@@ -1,301 +1,289 @@
-"""Runs a table of phases: one `Trainer.fit` each.
+"""Runs a table of phases: one `Trainer.fit` each, over the steps that are still to come.
 
-How a run that was stopped goes on, in this order:
+How a run that was stopped or killed goes on, in this order:
 
 1. `tracking.open_run` refuses a directory whose fingerprint (all that decides the result) is another.
 2. A phase with `checkpoints/<phase>/done.json` is finished: its weights are read from `final.safetensors`.
-3. The first phase without it goes on from `checkpoints/<phase>/last.ckpt`, the end of its last whole epoch.
-   The cut is set before DDP wraps, and the optimizer is rebuilt from the table before its state is read.
+3. The first phase without it goes on from `checkpoints/<phase>/last.ckpt`, which is always taken when all that
+   belongs to a step is done. What trains is set before DDP wraps, and the optimizer is rebuilt from the table before
+   its state is read. Lightning's own way of resuming inside an epoch is not used: a fit is given the steps left.
 4. Rows of `metrics.csv` behind that checkpoint are dropped; they will be written again.
 5. Without a `last.ckpt` the phase starts anew from the weights of the phase before.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import FrameType
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+import torch.distributed as dist
 from pytorch_lightning.loggers import WandbLogger
-from safetensors.torch import load_file, save
 from timm.layers import convert_sync_batchnorm
 
 from lit_transfer.config import Config
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.module import ImageData, Samples
 from lit_transfer.errors import require
-from lit_transfer.files import replacing, write_json
+from lit_transfer.model.augment import scaled
+from lit_transfer.model.ema import Ema
+from lit_transfer.model.memory import peak_memory_mib, reset_peak_memory
 from lit_transfer.model.module import Stopped, TransferModule
 from lit_transfer.model.network import Network
-from lit_transfer.phases.optim import build_optimizer, set_lr
+from lit_transfer.phases.agreement import check_ranks_equal
+from lit_transfer.phases.checkpoint import PhaseFiles, PhaseResult
+from lit_transfer.phases.optim import build_optimizer
+from lit_transfer.phases.steps import Steps, StopSignal
 from lit_transfer.phases.table import PhasePlan, fingerprint_hash
-from lit_transfer.phases.trainer import check_machine, make_trainer, ranks_of
+from lit_transfer.phases.trainer import PhaseBar, check_machine, make_trainer, ranks_of
 from lit_transfer.tracking import MetricsFile, Recorder, Run
 
 
-class StopSignal:
-    """Remembers SIGINT and SIGTERM; the ranks agree on it at the next step. A second SIGINT ends at once."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def install(self) -> None:
-        """Take over both signals; main thread only."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def __call__(self) -> bool:
-        """Whether a signal has come."""
-        return self.received is not None
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            os.write(2, b"\nstopping at the next step; Ctrl-C again ends at once\n")  # print is not safe in a handler
-
-
-class _Schedule(pl.Callback):
-    """Sets the learning rates of a step, and keeps our signal handlers in place of Lightning's.
-
-    Lightning's own SIGTERM handler broadcasts from inside the handler, which can fall into a backward pass.
-    """
-
-    def __init__(self, plan: PhasePlan, stop: StopSignal, watched: Sequence[str], fingerprint: str) -> None:
-        self.plan = plan
-        self.stop = stop
-        self.watched = watched
-        self.fingerprint = fingerprint
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"fingerprint": self.fingerprint}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        require(
-            state_dict["fingerprint"] == self.fingerprint,
-            "the checkpoint is of a run with other settings; remove it, or choose another --name.",
-        )
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.stop.install()
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        set_lr(trainer.optimizers[0], self.plan, trainer.global_step)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for metric in self.watched:  # Lightning would take NaN for the end of the phase, and keep its first epoch
-            value = float(trainer.callback_metrics[metric])
-            require(
-                math.isfinite(value),
-                f"{metric} is {value} after epoch {trainer.current_epoch} of phase '{self.plan.phase.name}': none is "
-                "the best; a class may be missing from data.val: monitor val/loss instead.",
-            )
-
-
-class _Checkpoint(ModelCheckpoint):
-    """Remembers its best score also where the run directory has been moved."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict | {"dirpath": self.dirpath})
-
-
 @dataclass(frozen=True)
-class PhaseResult:
-    """What became of a phase: also the content of its `done.json`.
-
-    Args:
-        name: of the phase.
-        epochs: whole epochs trained.
-        steps: optimizer steps.
-        seconds: wall clock, validation and checkpoints included, over all its restarts.
-        images_per_s: while training.
-        data_wait_share: share of the training time spent waiting for data.
-        reason: why it ended.
-    """
-
-    name: str
-    epochs: int
-    steps: int
-    seconds: float
-    images_per_s: float
-    data_wait_share: float
-    reason: str
-
-
-def improves_downwards(metric: str) -> bool:
-    """Whether smaller is better."""
-    return metric.split("/")[-1] in ("loss", "mae", "rmse", "mse")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every phase of a run shares; `network` is mutated by training."""
+class Setup:
+    """What phases train, and on what; `network` is mutated by training."""
 
     config: Config
     network: Network
     streams: dict[str, Samples]
     preprocessing: Preprocessing
     class_weights: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Job(Setup):
+    """What every phase of a run shares: the setup, the run directory, and where its curves are also sent."""
+
     run: Run
     logger: WandbLogger | None
 
 
-def run_phases(job: Job, plans: list[PhasePlan]) -> list[PhaseResult]:
+def run_phases(job: Job, plans: Sequence[PhasePlan], callbacks: Sequence[pl.Callback] = ()) -> list[PhaseResult]:
     """Train all phases that are not done yet; mutates the job's network. Every rank must call it.
 
+    Args:
+        job: the run.
+        plans: its table.
+        callbacks: called beside our own in every phase; each phase is one fit and one epoch of Lightning's.
+
     Raises:
-        Stopped: a signal came; the same command goes on from the last whole epoch.
+        Stopped: a signal came; the same command goes on from that step.
+        RanksDiffer: ranks hold different weights at the end of a phase.
     """
     stop = StopSignal()
     metrics = MetricsFile(job.run.folder / "metrics.csv")
     results: list[PhaseResult] = []
     for plan in plans:
-        done = job.run.checkpoints(plan.phase.name) / "done.json"
-        if done.is_file():
-            job.network.load_state_dict(load_file(done.with_name("final.safetensors")))
-            results.append(PhaseResult(**json.loads(done.read_text())))
+        files = PhaseFiles(job.run.checkpoints(plan.phase.name))
+        result = files.result()
+        if result:
+            job.network.load_state_dict(files.read_final())
         else:
-            results.append(_run_phase(job, plan, metrics, results, stop))
+            result = _run_phase(job, plan, files, metrics, results, stop, callbacks)
+        results.append(result)
     return results
 
 
 def _run_phase(
-    job: Job, plan: PhasePlan, metrics: MetricsFile, before: list[PhaseResult], stop: StopSignal
+    job: Job,
+    plan: PhasePlan,
+    files: PhaseFiles,
+    metrics: MetricsFile,
+    before: list[PhaseResult],
+    stop: StopSignal,
+    callbacks: Sequence[pl.Callback],
 ) -> PhaseResult:
-    config, phase = job.config, plan.phase
-    first_epoch, first_step = sum(r.epochs for r in before), sum(r.steps for r in before)
-    if phase.norm == "batch" and check_machine(config.trainer) and ranks_of(config.trainer) > 1:
-        convert_sync_batchnorm(job.network)  # timm's: PyTorch's own would drop the activations that timm fuses in
-    job.network.set_cut(plan.cut, phase.norm)
-    module = TransferModule(
-        job.network,
-        task=job.streams["train"].manifest.task,
-        preprocessing=job.preprocessing,
-        augment=config.augment,
-        objective=config.objective,
-        class_weights=job.class_weights,
-        optimizer=build_optimizer(job.network, plan),
-        seed=config.seed,
-        first_step=first_step,
-        stop_requested=stop,
+    """Train one phase from where it stands to its end."""
+    set_trained(job, plan)
+    optimizer = build_optimizer(job.network, plan)
+    saved = _checkpoint(job, plan, files, optimizer)
+    steps = _steps(job, plan, files, metrics, before, stop)
+    trainer = make_trainer(
+        job.config.trainer,
+        max_epochs=1,
+        accumulate_grad_batches=plan.phase.accumulate,
+        gradient_clip_val=plan.phase.clip_norm,
+        callbacks=[*([PhaseBar(plan.phase.name)] if job.config.trainer.progress else []), steps, *callbacks],
+        logger=job.logger or False,
+        enable_checkpointing=False,
+        limit_val_batches=1.0 if job.config.data.val else 0,
+        check_val_every_n_epoch=None,
+        val_check_interval=1,
+        default_root_dir=job.run.folder,
+        enable_progress_bar=job.config.trainer.progress,
     )
-    folder = job.run.checkpoints(phase.name)
-    last = folder / "last.ckpt"
-    epochs_done, steps_done = _done_in(last)
-    data = ImageData(
-        job.streams,
-        job.preprocessing,
-        seed=config.seed,
-        global_batch=phase.global_batch,
-        first_epoch=first_epoch,
-        workers=config.data.workers,
-        epochs_done=epochs_done,
+    if saved:
+        job.network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        trainer.precision_plugin.load_state_dict(saved["precision"])
+        steps.go_on_from(saved)
+    first_step = sum(result.steps for result in before)
+    module = build_module(job, plan, optimizer, first_step + steps.step, steps.requests)
+    if trainer.is_global_zero:
+        files.tidy()
+        _announce(plan, steps.step)
+        metrics.drop_after(plan.phase.name, first_step + steps.step, [result.name for result in before])
+    reset_peak_memory()
+    if not steps.reason:
+        try:
+            trainer.fit(module, datamodule=build_data(job, plan, range(steps.step, plan.max_steps), before))
+        finally:
+            trainer.fit_loop.teardown()  # where validation raised, Lightning leaves the workers of training alive
+    module.cpu()
+    return _end_phase(trainer, job, plan, files, steps)
+
+
+def _checkpoint(
+    job: Job, plan: PhasePlan, files: PhaseFiles, optimizer: torch.optim.Optimizer
+) -> dict[str, Any] | None:
+    """What the phase goes on from; None where it starts anew, also after a change of what trains.
+
+    Raises:
+        UserError: the checkpoint belongs to another run, or to settings that were not agreed to be changed.
+    """
+    saved = files.read_last()
+    if saved is None:
+        return None
+    record = job.run.record
+    now = fingerprint_hash(record["fingerprint"])
+    known = [now, *(fingerprint_hash(earlier["fingerprint"]) for earlier in record.get("earlier", []))]
+    require(
+        saved["identity"] in known,
+        f"{files.last} is of a run with other settings; remove it, or choose another --name.",
     )
+    if saved["identity"] != now:
+        groups = [[(g["name"], len(g["params"])) for g in groups] for groups in _groups_of(saved, optimizer)]
+        if groups[0] != groups[1] or (saved["ema"] is None) != (plan.phase.ema_decay is None):
+            print(f"phase {plan.phase.name} trains something else than before, and starts anew", flush=True)
+            return None
+        saved["reason"] = None  # it may be longer now
+    if saved["step"] >= plan.max_steps and saved["reason"] is None:
+        saved["reason"] = f"{plan.max_steps} steps were done already"
+    return saved
+
+
+def _groups_of(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> tuple[list[Any], list[Any]]:
+    return saved["optimizer"]["param_groups"], optimizer.param_groups
+
+
+def set_trained(setup: Setup, plan: PhasePlan) -> None:
+    """Freeze and thaw what the phase does; mutates the network. Every rank must call it, before DDP wraps."""
+    phase, trainer = plan.phase, setup.config.trainer
+    if phase.norm == "batch" and check_machine(trainer) and ranks_of(trainer) > 1:
+        convert_sync_batchnorm(setup.network)  # timm's: PyTorch's own would drop the activations that timm fuses in
+    setup.network.set_trained(
+        plan.trained, phase.norm, compile=phase.compile, grad_checkpointing=phase.grad_checkpointing
+    )
+
+
+def _steps(
+    job: Job,
+    plan: PhasePlan,
+    files: PhaseFiles,
+    metrics: MetricsFile,
+    before: Sequence[PhaseResult],
+    stop: StopSignal,
+) -> Steps:
     recorder = Recorder(
         metrics,
         job.logger,
-        phase=phase.name,
-        first_epoch=first_epoch,
-        first_step=first_step,
+        phase=plan.phase.name,
+        first_epoch=sum(result.epochs for result in before),
+        first_step=sum(result.steps for result in before),
         samples=len(job.streams["train"].rows),
-        global_batch=phase.global_batch,
-        log_every_steps=config.trainer.log_every_steps,
+        global_batch=plan.phase.global_batch,
+        log_every_steps=job.config.trainer.log_every_steps,
     )
-    watched = [config.monitor, *([phase.until.metric] if phase.until else [])] if "val" in job.streams else []
-    schedule = _Schedule(plan, stop, watched, fingerprint_hash(job.run.record["fingerprint"]))
-    callbacks = [schedule, *_phase_callbacks(config, plan, folder), recorder]
-    trainer = make_trainer(
-        config.trainer,
-        max_epochs=phase.max_epochs,
-        callbacks=callbacks,
-        logger=job.logger or False,
-        default_root_dir=job.run.folder,
-        enable_progress_bar=config.trainer.progress,
+    steps = Steps(plan, job.config, files, recorder, stop, fingerprint_hash(job.run.record["fingerprint"]))
+    if plan.phase.ema_decay is not None:
+        steps.ema = Ema(job.network, plan.phase.ema_decay)
+    return steps
+
+
+def build_module(
+    setup: Setup,
+    plan: PhasePlan,
+    optimizer: torch.optim.Optimizer,
+    first_step: int,
+    requests: Callable[[], Sequence[bool]],
+) -> TransferModule:
+    """What one fit of a phase trains; `first_step` counts the run's steps before that fit."""
+    phase, objective = plan.phase, setup.config.objective
+    if phase.label_smoothing is not None:
+        objective = replace(objective, label_smoothing=phase.label_smoothing)
+    return TransferModule(
+        setup.network,
+        task=setup.streams["train"].manifest.task,
+        preprocessing=setup.preprocessing,
+        augment=scaled(setup.config.augment, phase.augment_strength),
+        objective=objective,
+        class_weights=setup.class_weights,
+        optimizer=optimizer,
+        mixup=phase.mixup,
+        cutmix=phase.cutmix,
+        parts=phase.accumulate,
+        seed=setup.config.seed,
+        first_step=first_step,
+        requests=requests,
     )
-    if trainer.is_global_zero:
-        _announce(plan, last.is_file())
-        metrics.drop_after(phase.name, first_step + steps_done, [r.name for r in before])
-    trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
-    if phase.restore_best:
-        best = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)
-        module.load_state_dict(best["state_dict"])
-    module.cpu()
+
+
+def build_data(setup: Setup, plan: PhasePlan, steps: range, before: Sequence[PhaseResult]) -> ImageData:
+    """The streams as one fit of a phase reads them, after the phases `before`; `steps` of the phase, from 0."""
+    return ImageData(
+        setup.streams,
+        setup.preprocessing,
+        seed=setup.config.seed,
+        global_batch=plan.phase.global_batch,
+        workers=setup.config.data.workers,
+        steps=steps,
+        parts=plan.phase.accumulate,
+        first_epoch=sum(result.epochs for result in before),
+    )
+
+
+def _end_phase(trainer: pl.Trainer, job: Job, plan: PhasePlan, files: PhaseFiles, steps: Steps) -> PhaseResult:
+    """Settle the phase's final weights, prove them equal on all ranks, and mark the phase done."""
+    assert steps.reason, "a fit ends with a reason"
+    if dist.is_initialized():  # before restore_best, which would hide a difference
+        tensors = dict(job.network.state_dict()) | {
+            f"ema.{k}": v for k, v in (steps.ema.weights if steps.ema else {}).items()
+        }
+        check_ranks_equal(tensors, trainer.strategy.root_device, f"phase '{plan.phase.name}'")
+    if plan.phase.restore_best:
+        assert steps.monitor.best_step is not None, "restore_best needs validation: checked by resolve"
+        job.network.load_state_dict(files.read_best(steps.monitor.best_step))
+    elif steps.ema:
+        steps.ema.move_to(torch.device("cpu"))
+        steps.ema.swap()
+    totals = steps.recorder.state()
     result = PhaseResult(
-        name=phase.name,
-        epochs=trainer.current_epoch,
-        steps=trainer.global_step,
-        seconds=recorder.seconds,
-        images_per_s=recorder.images / max(recorder.train_seconds, 1e-9),
-        data_wait_share=recorder.wait_seconds / max(recorder.train_seconds, 1e-9),
-        reason=_reason(trainer, callbacks),
+        name=plan.phase.name,
+        epochs=math.ceil(steps.step / plan.steps_per_epoch),
+        steps=steps.step,
+        seconds=totals["seconds"],
+        images_per_s=totals["images"] / max(totals["train_seconds"], 1e-9),
+        data_wait_share=totals["wait_seconds"] / max(totals["train_seconds"], 1e-9),
+        checkpoint_share=totals["checkpoint_seconds"] / max(totals["seconds"], 1e-9),
+        peak_memory_mib=peak_memory_mib(),
+        reason=steps.reason,
     )
     if trainer.is_global_zero:
-        _finish(folder, job.network, result)
+        files.finish(job.network, result, steps.monitor.best_step)
+        print(f"phase {result.name} ended after {result.steps} steps: {result.reason}", flush=True)
     trainer.strategy.barrier()
-    if trainer.strategy.reduce_boolean_decision(stop(), all=False):  # it came after the last step
+    if trainer.strategy.reduce_boolean_decision(steps.stop(), all=False):  # it came after the last step
         raise Stopped
     return result
 
 
-def _phase_callbacks(config: Config, plan: PhasePlan, folder: Path) -> list[pl.Callback]:
-    callbacks: list[pl.Callback] = [TQDMProgressBar()] if config.trainer.progress else []
-    mode = "min" if improves_downwards(config.monitor) else "max"
-    common: dict[str, Any] = {
-        "dirpath": folder,
-        "save_on_train_epoch_end": True,
-        "enable_version_counter": False,
-    }
-    until = plan.phase.until
-    if until:
-        until_mode = "min" if improves_downwards(until.metric) else "max"
-        callbacks.append(
-            EarlyStopping(until.metric, min_delta=until.min_delta, patience=until.patience, mode=until_mode)
-        )
-    if config.data.val is not None:
-        callbacks.append(_Checkpoint(filename="best", monitor=config.monitor, mode=mode, **common))
-    return [*callbacks, _Checkpoint(filename="last", **common)]
-
-
-def _done_in(checkpoint: Path) -> tuple[int, int]:
-    """Whole epochs and optimizer steps of the phase that a `last.ckpt` holds; none if there is none."""
-    if not checkpoint.is_file():
-        return 0, 0
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    return int(saved["epoch"]) + 1, int(saved["global_step"])
-
-
-def _announce(plan: PhasePlan, resumed: bool) -> None:
-    rates = ", ".join(f"{group.name} {group.lr:g}" for group in plan.groups)
-    what = "goes on" if resumed else "begins"
+def _announce(plan: PhasePlan, steps_done: int) -> None:
+    rates = ", ".join(f"{name} {lr:g}" for name, lr in plan.rates.items())
+    what = f"goes on from step {steps_done} of" if steps_done else "begins:"
     print(
-        f"phase {plan.phase.name} {what}: trains {plan.cut}, learning rates {rates}, {plan.max_steps} steps",
+        f"phase {plan.phase.name} {what} {plan.max_steps} steps; trains from {plan.cut}, learning rates {rates}",
         flush=True,
     )
-
-
-def _reason(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> str:
-    stopper = next((c for c in callbacks if isinstance(c, EarlyStopping)), None)
-    if stopper and stopper.stopped_epoch:
-        return f"{stopper.monitor} has not improved for {stopper.patience} validations"
-    return f"max_epochs {trainer.max_epochs} reached"
-
-
-def _finish(folder: Path, network: Network, result: PhaseResult) -> None:
-    """Write the phase's final weights, then the mark that it is done."""
-    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    with replacing(folder / "final.safetensors") as temporary:
-        temporary.write_bytes(save(state))  # save_file would make it unreadable for the rest of the group
-    write_json(folder / "done.json", asdict(result))
-    print(f"phase {result.name} ended after {result.epochs} epochs: {result.reason}", flush=True)

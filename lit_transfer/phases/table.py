@@ -1,33 +1,46 @@
-"""The whole plan of a run as data: presets expand to phases, and `resolve` says what each of them does.
-
-Here are the rules that need both the config and the backbone's stages or the size of the dataset.
-"""
+"""The plan of a run as data: what each phase trains at which rate, for how long; and what may not change."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from lit_transfer.config import Config
 from lit_transfer.data.plan import steps_per_epoch
 from lit_transfer.errors import UserError, nearest, require
-from lit_transfer.model.stages import find_cut
-from lit_transfer.reading import parse, to_plain
-from lit_transfer.recipe import Phase
+from lit_transfer.model.network import Layout, ParameterInfo
+from lit_transfer.model.stages import find_cut, summarise
+from lit_transfer.objectives.losses import check_objective
+from lit_transfer.phases.presets import expand
+from lit_transfer.reading import to_plain
+from lit_transfer.recipe import Objective
+from lit_transfer.schedule import Phase
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a learning rate: `head` or `backbone`."""
+    """Parameters that share a learning rate and a weight decay.
+
+    Args:
+        name: `head/decay`, `backbone/no_decay`, `blocks.3/decay`, ...: whose rate it is, and whether it decays.
+        lr: full learning rate.
+        weight_decay: zero for vectors, scalars and what the network exempts.
+        parameters: as in `Network.named_parameters()`, in order.
+    """
 
     name: str
-    stages: tuple[str, ...]
     lr: float
+    weight_decay: float
+    parameters: tuple[str, ...]
+
+    @property
+    def rate_name(self) -> str:
+        """Whose learning rate it is: `head`, `backbone`, a stage or a pattern."""
+        return self.name.rpartition("/")[0]
 
 
 @dataclass(frozen=True)
@@ -36,8 +49,8 @@ class PhasePlan:
 
     Args:
         phase: the row of the table.
-        cut: the first stage that trains, `head` or `all`.
-        groups: what trains, head first.
+        cut: the first stage of which anything trains; `head` where none does.
+        groups: what trains, in the order of the backbone's stages, the head last.
         steps_per_epoch: optimizer steps of an epoch.
         max_steps: optimizer steps of the phase, unless it ends early.
     """
@@ -48,74 +61,25 @@ class PhasePlan:
     steps_per_epoch: int
     max_steps: int
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of all parameters that train."""
+        return tuple(name for group in self.groups for name in group.parameters)
 
-def freeze_thaw(
-    *,
-    thaw_from: str,
-    head_epochs: int = 5,
-    thaw_epochs: int = 10,
-    head_lr: float = 1e-3,
-    thaw_lr: float = 3e-4,
-    backbone_lr: float = 1e-4,
-    **shared: Any,
-) -> list[dict[str, Any]]:
-    """Head on the frozen backbone; then from stage `thaw_from` on (`all` for every stage) at lower rates.
-
-    Any other key of a phase may be given and holds for both.
-    """
-    train = thaw_from if thaw_from in ("all", "head") else {"from": thaw_from}
-    head = {"name": "head", "train": "head", "max_epochs": head_epochs, "lr": head_lr}
-    thaw = {
-        "name": "thaw",
-        "train": train,
-        "max_epochs": thaw_epochs,
-        "lr": thaw_lr,
-        "backbone_lr": backbone_lr,
-    }
-    return [head | shared, thaw | shared]
+    @property
+    def rates(self) -> dict[str, float]:
+        """Full learning rates by whose they are."""
+        return {group.rate_name: group.lr for group in self.groups}
 
 
-PRESETS = {"freeze_thaw": freeze_thaw}
-
-
-def expand(config: Config) -> list[Phase]:
-    """The phases of a config; a preset becomes the plain list that it stands for."""
-    if isinstance(config.phases, list):
-        return config.phases
-    settings = dict(config.phases)
-    name = str(settings.pop("preset", None))
-    require(
-        name in PRESETS,
-        f"phases.preset '{name}' is unknown; presets are {', '.join(PRESETS)}.{nearest(name, list(PRESETS))}",
-    )
-    function = PRESETS[name]
-    own = {key: p for key, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    for key, parameter in own.items():
-        require(key in settings or parameter.default is not parameter.empty, f"preset {name} needs '{key}'.")
-    set_by_preset = {"name", "train", "max_epochs", "lr", "backbone_lr"}
-    known = [*own, *(key for key in Phase.__dataclass_fields__ if key not in set_by_preset)]
-    for key in settings:
-        require(
-            key in known,
-            f"'{key}' is not a setting of preset {name}, which the config uses; write --phases.{[*own][-1]} and the "
-            f"like (it has {', '.join(own)}), or put the list under phases that plan --expand prints."
-            + nearest(key, known),
-        )
-    return [parse(Phase, row) for row in function(**settings)]
-
-
-def cut_of(phase: Phase) -> str:
-    """The first stage that trains, or `head`, or `all`."""
-    return phase.train if isinstance(phase.train, str) else phase.train["from"]
-
-
-def resolve(config: Config, stages: Sequence[str], samples: int) -> list[PhasePlan]:
-    """What each phase does, given the backbone's stage names and the number of training samples.
+def resolve(config: Config, layout: Layout, samples: int) -> list[PhasePlan]:
+    """What each phase does, given the network's layout and the number of training samples.
 
     Raises:
-        UserError: a stage that the backbone lacks, a warm-up as long as its phase, a metric but no `val`.
+        UserError: a stage that the backbone lacks, patterns that match nothing or disagree, a phase that trains
+            nothing, a warm-up as long as its phase, or what needs validation without any.
     """
-    return [_resolve_phase(config, phase, stages, samples) for phase in expand(config)]
+    return [_resolve_phase(config, phase, layout, samples) for phase in expand(config, layout.stages, samples)]
 
 
 def check_metrics(config: Config, phases: Sequence[Phase], names: Sequence[str]) -> None:
@@ -123,51 +87,156 @@ def check_metrics(config: Config, phases: Sequence[Phase], names: Sequence[str])
     if config.data.val is None:
         return
     known = ["val/loss", *(f"val/{name}" for name in names)]
-    watched = [("monitor", config.monitor)]
-    watched += [(f"phase '{phase.name}': until.metric", phase.until.metric) for phase in phases if phase.until]
-    for where, metric in watched:
+    for where, metric in [("monitor", config.monitor), *watched_metrics(phases)]:
         require(
             metric in known,
             f"{where} '{metric}' is not a metric of this task; there are {', '.join(known)}." + nearest(metric, known),
         )
 
 
-def _resolve_phase(config: Config, phase: Phase, stages: Sequence[str], samples: int) -> PhasePlan:
-    cut = cut_of(phase)
+def check_objectives(task: str, objective: Objective, phases: Sequence[Phase]) -> None:
+    """Refuse settings of the loss, and what phases make of them, that have no meaning in a task."""
+    check_objective(task, objective)
+    for phase in phases:
+        if phase.label_smoothing is not None:
+            try:
+                check_objective(task, replace(objective, label_smoothing=phase.label_smoothing))
+            except UserError as error:
+                raise UserError(f"phase '{phase.name}': {error}") from None
+
+
+def watched_metrics(phases: Sequence[Phase]) -> list[tuple[str, str]]:
+    """The metrics that phases watch, each behind the place where the config names it."""
+    until = [(f"phase '{p.name}': until.metric", p.until.metric) for p in phases if p.until]
+    plateau = [(p, p.full_schedule_args["metric"]) for p in phases if p.schedule == "plateau"]
+    return until + [(f"phase '{p.name}': schedule_args.metric", metric) for p, metric in plateau]
+
+
+def _resolve_phase(config: Config, phase: Phase, layout: Layout, samples: int) -> PhasePlan:
     where = f"phase '{phase.name}'"
-    try:
-        first = find_cut(cut, stages, config.model.backbone)
-    except UserError as error:
-        raise UserError(f"{where}: train.from {error}") from None
-    groups = [Group("head", (), phase.lr)]
-    if first < len(stages):
-        assert phase.backbone_lr is not None, "checked by Phase"
-        groups.append(Group("backbone", tuple(stages[first:]), phase.backbone_lr))
+    rates = _stage_rates(phase, layout, where) if phase.patterns is None else _pattern_rates(phase, layout, where)
+    require(bool(rates), f"{where} trains nothing; its patterns match no parameter.")
+    groups = _groups(phase, layout, rates)
+    trained = {p.stage for p in layout.parameters if p.name in rates}
+    cut = next((stage for stage in layout.stages if stage in trained), "head")
     steps = steps_per_epoch(samples, phase.global_batch)
-    max_steps = steps * phase.max_epochs
+    max_steps = phase.max_steps or steps * (phase.max_epochs or 0)
     require(
         phase.warmup_steps < max_steps,
         f"{where}: warmup_steps {phase.warmup_steps} is not below its {max_steps} steps; lower it.",
     )
-    for needs in (["restore_best"] if phase.restore_best else []) + (["until"] if phase.until else []):
+    needs_val = {
+        "restore_best": phase.restore_best,
+        "until": phase.until is not None,
+        "schedule plateau": phase.schedule == "plateau",
+        "validate_every_steps": phase.validate_every_steps is not None,
+    }
+    for needs in (name for name, needed in needs_val.items() if needed):
         require(config.data.val is not None, f"{where}: {needs} needs validation; give data.val.")
-    return PhasePlan(phase, cut, tuple(groups), steps, max_steps)
+    return PhasePlan(phase, cut, groups, steps, max_steps)
 
 
-def lr_factor(phase: Phase, step: int, max_steps: int) -> float:
-    """Share of the full learning rate at a step of the phase, counted from 0; a pure function."""
-    if phase.schedule == "constant":
-        return 1.0
-    if step < phase.warmup_steps:
-        return (step + 1) / (phase.warmup_steps + 1)
-    done = (step - phase.warmup_steps) / (max_steps - phase.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+Rates = dict[str, tuple[str, float]]
+"""Of each parameter that trains, by name: whose rate it has, and the rate."""
 
 
-def fingerprint(config: Config, plans: Sequence[PhasePlan], digests: dict[str, str]) -> dict[str, Any]:
+def _stage_rates(phase: Phase, layout: Layout, where: str) -> Rates:
+    """The rates of a phase that trains whole stages, and the head."""
+    first = _first_stage(phase, layout, where)
+    stages = layout.stages[first:]
+    rates = {stage: _decayed(phase, layout, stage) for stage in stages} | {"head": phase.lr or 0.0}
+    alone = "backbone" if phase.layer_decay == 1 else None
+    return {
+        p.name: (p.stage if p.stage == "head" else alone or p.stage, rates[p.stage])
+        for p in layout.parameters
+        if p.stage in rates
+    }
+
+
+def _first_stage(phase: Phase, layout: Layout, where: str) -> int:
+    """How many stages are frozen from the front."""
+    if isinstance(phase.train, dict) and "last" in phase.train:
+        last = phase.train["last"]
+        require(
+            last <= len(layout.stages),
+            f"{where}: train.last {last} is over the {len(layout.stages)} stages of {layout.backbone} "
+            f"({summarise(layout.stages)}).",
+        )
+        return len(layout.stages) - int(last)
+    try:
+        return find_cut(
+            phase.train if isinstance(phase.train, str) else phase.train["from"], layout.stages, layout.backbone
+        )
+    except UserError as error:
+        raise UserError(f"{where}: train.from {error}") from None
+
+
+def _decayed(phase: Phase, layout: Layout, stage: str) -> float:
+    """The rate of a stage: Clark et al. 2020 (ELECTRA), a power of `layer_decay` for each stage behind it."""
+    behind = len(layout.stages) - 1 - layout.stages.index(stage)
+    return (phase.backbone_lr or 0.0) * phase.layer_decay**behind
+
+
+def _pattern_rates(phase: Phase, layout: Layout, where: str) -> Rates:
+    """The rates of a phase that trains what patterns match."""
+    patterns = phase.patterns or {}
+    matched = {pattern: [p for p in layout.parameters if _matches(pattern, p)] for pattern in patterns}
+    for pattern, found in matched.items():
+        require(
+            bool(found),
+            f"{where}: train.params '{pattern}' matches no parameter, so it trains nothing; a pattern is `norms` or a "
+            f"glob over STAGE/NAME, such as {layout.parameters[0].path}.",
+        )
+    rates: Rates = {}
+    for pattern, found in matched.items():
+        for parameter in found:
+            rate = _pattern_rate(phase, layout, patterns[pattern], pattern, parameter, where)
+            other = rates.setdefault(parameter.name, rate)
+            require(
+                other[1] == rate[1],
+                f"{where}: train.params '{other[0]}' and '{pattern}' both match {parameter.path} with different "
+                f"rates, {other[1]:g} and {rate[1]:g}; make them exclude each other.",
+            )
+    return rates
+
+
+def _pattern_rate(
+    phase: Phase, layout: Layout, rate: float | None, pattern: str, parameter: ParameterInfo, where: str
+) -> tuple[str, float]:
+    if rate is not None:
+        return pattern, float(rate)
+    key = "lr" if parameter.stage == "head" else "backbone_lr"
+    require(
+        getattr(phase, key) is not None,
+        f"{where}: train.params '{pattern}' matches {parameter.path}, which trains at {key}, but it is not given.",
+    )
+    if parameter.stage == "head":
+        return "head", phase.lr or 0.0
+    return "backbone" if phase.layer_decay == 1 else parameter.stage, _decayed(phase, layout, parameter.stage)
+
+
+def _matches(pattern: str, parameter: ParameterInfo) -> bool:
+    return parameter.is_norm if pattern == "norms" else fnmatchcase(parameter.path, pattern)
+
+
+def _groups(phase: Phase, layout: Layout, rates: Rates) -> tuple[Group, ...]:
+    """Parameters of one rate and one decay, in the order in which the network first has them."""
+    members: dict[tuple[str, float, bool], list[str]] = {}
+    for parameter in layout.parameters:
+        if parameter.name in rates:
+            members.setdefault((*rates[parameter.name], parameter.decays), []).append(parameter.name)
+    return tuple(
+        Group(f"{whose}/{'decay' if decays else 'no_decay'}", lr, phase.weight_decay if decays else 0.0, tuple(names))
+        for (whose, lr, decays), names in members.items()
+    )
+
+
+def fingerprint(
+    config: Config, plans: Sequence[PhasePlan], digests: dict[str, str], weights_sha256: str | None
+) -> dict[str, Any]:
     """All that decides the result of a run, as plain values: what may not change between a stop and a resume.
 
-    Where data lies, workers, ranks and tracking are left out: they do not change what is computed.
+    Where data lies, workers, ranks, checkpoints and tracking are left out: they do not change what is computed.
     """
     plain = to_plain(config)
     kept = {key: plain[key] for key in ("seed", "image", "augment", "model", "objective", "monitor")}
@@ -181,6 +250,7 @@ def fingerprint(config: Config, plans: Sequence[PhasePlan], digests: dict[str, s
     ]
     return kept | {
         "data": streams | {"label": plain["data"]["label"]},
+        "weights_sha256": weights_sha256,
         "phases": phases,
         "precision": plain["trainer"]["precision"],
     }

@@ -74,6 +74,19 @@ def make_trainer(config: TrainerConfig, **settings: Any) -> pl.Trainer:
     )
 
 
+class PhaseBar(TQDMProgressBar):
+    """Counts the steps of a phase that are still to come, so that its ETA is that of the phase."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Say which phase it is."""
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description(f"phase {self._name}")
+
+
 def predict_stream(
     config: TrainerConfig, module: TransferModule, samples: Samples, *, global_batch: int, workers: int
 ) -> Predictions:
@@ -83,7 +96,6 @@ def predict_stream(
         module.preprocessing,
         seed=0,
         global_batch=global_batch,
-        first_epoch=0,
         workers=workers,
     )
     callbacks: list[pl.Callback] = [TQDMProgressBar()] if config.progress else []

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lit_transfer.data.module import SampleDataset
-from lit_transfer.data.plan import Batch, rank_slice, shuffled
+from lit_transfer.data.plan import Batch, shuffled, step_rows
 from lit_transfer.launch.train import prepare_job
 from lit_transfer.phases.run import Job, run_phases
 from lit_transfer.reading import load
@@ -53,7 +53,7 @@ def plain_loop(job: Job, net: nn.Module, head: nn.Linear) -> None:
         for _ in range(epochs):
             order = shuffled(job.streams["train"].rows, digest, 0, epoch)
             for step in range(-(-len(order) // size)):
-                batch = data[Batch(epoch, rank_slice(order, step, size, 0, 1))]
+                batch = data[Batch(epoch, step_rows(order, step, size))]
                 images = (batch["image"].float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
                     3, 1, 1
                 )

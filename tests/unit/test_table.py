@@ -1,294 +1,239 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from typing import Any
 
 import pytest
+from layouts import NETWORKS, STAGES, config, real, row, small
 
-from lit_transfer.config import Config
 from lit_transfer.errors import UserError
-from lit_transfer.phases.table import (
-    Group,
-    check_metrics,
-    cut_of,
-    differences,
-    expand,
-    fingerprint,
-    fingerprint_hash,
-    lr_factor,
-    resolve,
-)
-from lit_transfer.reading import parse
-from lit_transfer.recipe import Phase
+from lit_transfer.model.network import Layout
+from lit_transfer.phases.presets import expand
+from lit_transfer.phases.table import PhasePlan, check_metrics, resolve
 
-STAGES = ("stem", "blocks.0", "blocks.1", "top")
+NO_VAL = {"data": {"train": {"manifest": "x", "split": "train"}}}
 
 
-def config(phases: Any, **sections: Any) -> Config:
-    streams = {"train": {"manifest": "x", "split": "train"}, "val": {"manifest": "x", "split": "val"}}
-    plain = {"name": "run", "data": streams, "model": {"backbone": "timm/net"}, "phases": phases}
-    return parse(Config, plain | sections)
+def planned(layout: Layout, **settings: Any) -> PhasePlan:
+    (plan,) = resolve(config([row(**settings)]), layout, samples=17)
+    return plan
 
 
-def phase(**settings: Any) -> dict[str, Any]:
-    return {"name": "a", "max_epochs": 2, "lr": 0.1} | settings
-
-
-THAW = phase(train={"from": "blocks.1"}, backbone_lr=0.01)
-
-
-def test_freeze_thaw_is_two_phases() -> None:
-    phases = expand(
-        config(
-            {
-                "preset": "freeze_thaw",
-                "thaw_from": "top",
-                "head_epochs": 3,
-                "backbone_lr": 2e-4,
-                "optimizer": "sgd",
-            }
-        )
-    )
-    assert phases == [
-        Phase(name="head", train="head", max_epochs=3, lr=1e-3, optimizer="sgd"),
-        Phase(name="thaw", train={"from": "top"}, max_epochs=10, lr=3e-4, backbone_lr=2e-4, optimizer="sgd"),
-    ]
-    assert expand(config({"preset": "freeze_thaw", "thaw_from": "all"}))[1].train == "all"
-
-
-def test_a_list_is_its_own_expansion() -> None:
-    assert expand(config([THAW])) == [
-        Phase(name="a", train={"from": "blocks.1"}, max_epochs=2, lr=0.1, backbone_lr=0.01)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("preset", "said"),
-    [
-        (
-            {"preset": "freezethaw"},
-            "phases.preset 'freezethaw' is unknown; presets are freeze_thaw. Did you mean",
-        ),
-        ({"thaw_from": "top"}, "phases.preset 'None' is unknown"),
-        ({"preset": "freeze_thaw"}, "preset freeze_thaw needs 'thaw_from'."),
-        (
-            {"preset": "freeze_thaw", "thaw_from": "top", "head_epoch": 1},
-            "prints. Did you mean 'head_epochs'?",
-        ),
-        (
-            {"preset": "freeze_thaw", "thaw_from": "top", "lr": 1},
-            "'lr' is not a setting of preset freeze_thaw, which the config uses; write --phases.backbone_lr and",
-        ),
-        (
-            {"preset": "freeze_thaw", "thaw_from": "top", "head_epochs": "x"},
-            "max_epochs 'x' is not a whole number.",
-        ),
-        (
-            {"preset": "freeze_thaw", "thaw_from": "top", "thaw_lr": 0},
-            "phase 'thaw': lr 0.0 is not positive.",
-        ),
-    ],
-)
-def test_a_wrong_preset_says_what_is_wrong(preset: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
-        expand(config(preset))
+def names(layout: Layout, *stages: str) -> list[str]:
+    return [p.name for p in layout.parameters if p.stage in stages]
 
 
 @pytest.mark.parametrize(
     ("train", "cut", "trained"),
     [
         ("head", "head", ()),
-        ("all", "all", STAGES),
+        ("all", "stem", STAGES),
         ({"from": "stem"}, "stem", STAGES),
         ({"from": "blocks.1"}, "blocks.1", ("blocks.1", "top")),
+        ({"last": 1}, "top", ("top",)),
+        ({"last": 4}, "stem", STAGES),
+        ({"params": ["blocks.0/*", "head/*"]}, "blocks.0", ("blocks.0",)),
     ],
 )
 def test_resolve_says_what_trains_and_for_how_long(train: Any, cut: str, trained: tuple[str, ...]) -> None:
     rates = {} if train == "head" else {"backbone_lr": 0.01}
-    (plan,) = resolve(config([phase(train=train, global_batch=8, **rates)]), STAGES, samples=17)
-    assert plan.cut == cut == cut_of(plan.phase)
-    backbone = [Group("backbone", trained, 0.01)] if trained else []
-    assert list(plan.groups) == [Group("head", (), 0.1), *backbone]
+    plan = planned(small(), train=train, global_batch=8, **rates)
+    assert plan.cut == cut
+    assert list(plan.trained) and set(plan.trained) == set(names(small(), *trained, "head"))
+    assert plan.rates == {"head": 0.1} | ({"backbone": 0.01} if trained else {})
     assert (plan.steps_per_epoch, plan.max_steps) == (3, 6), "the last batch holds one sample"
 
 
+@pytest.mark.parametrize("max_steps", [1, 2, 100])
+def test_max_steps_is_taken_as_it_is(max_steps: int) -> None:
+    plan = planned(small(), max_epochs=None, max_steps=max_steps, global_batch=8)
+    assert (plan.steps_per_epoch, plan.max_steps) == (3, max_steps)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_groups_split_by_stage_and_decay_in_the_order_of_the_stages(network: str) -> None:
+    layout = real(network)
+    plan = planned(layout, train="all", backbone_lr=0.01, layer_decay=0.5, weight_decay=0.3)
+    parts = list(dict.fromkeys(group.rate_name for group in plan.groups))
+    assert parts == [*layout.stages, "head"] == list(plan.rates)
+    assert sorted(plan.trained) == sorted(p.name for p in layout.parameters), "each parameter once"
+    decays = {p.name: p.decays for p in layout.parameters}
+    for group in plan.groups:
+        kind = group.name.rpartition("/")[2]
+        assert {decays[name] for name in group.parameters} == {kind == "decay"}
+        assert group.weight_decay == (0.3 if kind == "decay" else 0.0)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize(
-    ("row", "sections", "said"),
+    ("train", "frozen"),
+    [("head", "stem blocks top"), ("all", ""), ({"last": 1}, "stem blocks"), ({"from": "blocks.0"}, "stem")],
+)
+def test_groups_cover_what_trains_and_nothing_twice(network: str, train: Any, frozen: str) -> None:
+    layout = real(network)
+    plan = planned(layout, train=train, **({} if train == "head" else {"backbone_lr": 0.01}))
+    kept = [stage for stage in layout.stages if stage.split(".")[0] not in frozen.split()]
+    assert sorted(plan.trained) == sorted(names(layout, *kept, "head"))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_layer_decay_gives_absolute_rates(network: str) -> None:
+    layout = real(network)
+    count = len(layout.stages)
+    plan = planned(layout, train="all", lr=0.3, backbone_lr=0.02, layer_decay=0.7)
+    rates = {stage: 0.02 * 0.7 ** (count - 1 - index) for index, stage in enumerate(layout.stages)}
+    assert plan.rates == pytest.approx(rates | {"head": 0.3}, rel=1e-12)
+
+
+def test_layer_decay_counts_from_the_last_stage_wherever_training_begins() -> None:
+    whole = planned(small(), train="all", backbone_lr=0.02, layer_decay=0.5).rates
+    assert whole == {"stem": 0.0025, "blocks.0": 0.005, "blocks.1": 0.01, "top": 0.02, "head": 0.1}
+    for train in ({"from": "blocks.1"}, {"last": 2}, {"params": ["blocks.1/*", "top/*", "head/*"]}):
+        part = planned(small(), train=train, backbone_lr=0.02, layer_decay=0.5)
+        assert part.rates == {key: whole[key] for key in ("blocks.1", "top", "head")}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_first_block_only(network: str) -> None:
+    layout = real(network)
+    plan = planned(layout, train={"params": ["blocks.0/*"]}, lr=None, backbone_lr=0.01)
+    assert list(plan.rates.items()) == [("backbone", 0.01)]
+    assert sorted(plan.trained) == sorted(names(layout, "blocks.0")) and plan.cut == "blocks.0"
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_biases_only(network: str) -> None:
+    layout = real(network)
+    plan = planned(layout, train={"params": ["*.bias"]}, backbone_lr=0.01, weight_decay=0.3)
+    assert [group.name for group in plan.groups] == ["backbone/no_decay", "head/no_decay"]
+    assert plan.groups[1].parameters == ("head.hidden0.bias", "head.logits.bias")
+    assert set(plan.trained) == {p.name for p in layout.parameters if p.name.endswith(".bias")}
+
+
+@pytest.mark.parametrize(("network", "count"), [("timm/test_efficientnet", 26), ("timm/test_vit", 26)])
+def test_norms_only(network: str, count: int) -> None:
+    layout = real(network)
+    plan = planned(layout, train={"params": ["norms"]}, lr=None, backbone_lr=0.01)
+    found = [name for name in plan.trained if re.search(r"\.(bn\d|norm\d?)\.(weight|bias)$", name)]
+    assert len(found) == len(plan.trained) == count
+    assert not any(name.startswith("head.") for name in found)
+
+
+def test_patterns_with_rates_of_their_own() -> None:
+    plan = planned(small(), train={"params": {"stem/*": 0.5, "head/*": 2}}, lr=None)
+    assert plan.rates == {"stem/*": 0.5, "head/*": 2.0}
+    assert [group.name for group in plan.groups] == [
+        "stem/*/decay",
+        "stem/*/no_decay",
+        "head/*/decay",
+        "head/*/no_decay",
+    ]
+    assert set(plan.trained) == set(names(small(), "stem", "head"))
+
+
+def test_patterns_may_overlap_where_they_agree() -> None:
+    agreed = {"params": {"stem/*": 0.5, "*.bias": 0.5}}
+    trained = planned(small(), train=agreed, lr=None).trained
+    assert sorted(trained) == sorted(
+        {*names(small(), "stem"), *(p.name for p in small().parameters if "bias" in p.name)}
+    )
+    same = planned(small(), train={"params": ["norms", "*.bias"]}, backbone_lr=0.01)
+    assert len(set(same.trained)) == len(same.trained) == 2 * len(STAGES) + 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
     [
         (
-            phase(train={"from": "blocks.9"}, backbone_lr=0.1),
-            {},
-            "phase 'a': train.from 'blocks.9' is not a stage of timm/net",
+            {"train": {"from": "block.1"}, "backbone_lr": 0.1},
+            "phase 'a': train.from 'block.1' is not a stage of timm/net; its stages are stem, blocks.0, blocks.1, top. "
+            "Did you mean 'blocks.1'?",
         ),
         (
-            phase(schedule="warmup_cosine", warmup_steps=6, global_batch=8),
-            {},
+            {"train": {"last": 5}, "backbone_lr": 0.1},
+            "phase 'a': train.last 5 is over the 4 stages of timm/net (stem, blocks.0, blocks.1, top).",
+        ),
+        (
+            {"train": {"params": ["head/*", "layer4/*"]}},
+            "phase 'a': train.params 'layer4/*' matches no parameter, so it trains nothing; a pattern is `norms` or a "
+            "glob over STAGE/NAME, such as stem/stem.conv.weight.",
+        ),
+        (
+            {"train": {"params": {"stem/*": 0.5, "*.bias": 0.25}}, "lr": None},
+            "phase 'a': train.params 'stem/*' and '*.bias' both match stem/stem.bn.bias with different rates, "
+            "0.5 and 0.25; make them exclude each other.",
+        ),
+        (
+            {"train": {"params": ["head/*", "norms"]}},
+            "phase 'a': train.params 'norms' matches stem/stem.bn.weight, which trains at backbone_lr, but it is not",
+        ),
+        (
+            {"train": {"params": ["*.bias"]}, "lr": None, "backbone_lr": 0.1},
+            "phase 'a': train.params '*.bias' matches head/logits.bias, which trains at lr, but it is not given.",
+        ),
+        (
+            {"schedule": "warmup_cosine", "warmup_steps": 6, "global_batch": 8},
             "phase 'a': warmup_steps 6 is not below its 6 steps; lower it.",
-        ),
-        (
-            phase(restore_best=True),
-            {"data": {"train": {"manifest": "x", "split": "train"}}},
-            "phase 'a': restore_best needs validation; give data.val.",
-        ),
-        (
-            phase(until={"metric": "val/loss", "patience": 1}),
-            {"data": {"train": {"manifest": "x", "split": "train"}}},
-            "phase 'a': until needs validation; give data.val.",
         ),
     ],
 )
-def test_rules_that_need_the_stages_or_the_data(row: dict[str, Any], sections: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)) as caught:
-        resolve(config([row], **sections), STAGES, samples=17)
+def test_rules_that_need_the_network_or_the_size_of_the_dataset(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match="^" + re.escape(said)) as caught:
+        planned(small(), **settings)
     assert "\n" not in str(caught.value)
 
 
-def test_a_metric_to_watch_must_be_one_of_the_task() -> None:
-    row = phase(until={"metric": "val/f1", "patience": 1})
-    settings = config([row], monitor="val/accuracy")
-    check_metrics(settings, expand(settings), ["accuracy", "f1"])
-    check_metrics(config([phase()]), [], [])  # val/loss is always there
+def test_a_network_without_normalisation_layers_has_no_norms() -> None:
+    plain = dataclasses.replace(small(), parameters=tuple(p for p in small().parameters if not p.is_norm))
+    with pytest.raises(UserError, match=r"train\.params 'norms' matches no parameter"):
+        planned(plain, train={"params": ["norms", "head/*"]}, backbone_lr=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs"),
+    [
+        ({"restore_best": True}, "restore_best"),
+        ({"until": {"metric": "val/loss", "patience": 1}}, "until"),
+        ({"until": {"metric": "val/loss", "below": 0.5}}, "until"),
+        ({"schedule": "plateau"}, "schedule plateau"),
+        ({"validate_every_steps": 2}, "validate_every_steps"),
+    ],
+)
+def test_what_needs_validation_says_so(settings: dict[str, Any], needs: str) -> None:
+    assert planned(small(), **settings)
+    with pytest.raises(UserError, match=f"^phase 'a': {needs} needs validation; give data.val.$"):
+        resolve(config([row(**settings)], **NO_VAL), small(), samples=17)
+
+
+@pytest.mark.parametrize(
+    ("settings", "place"),
+    [
+        ({"until": {"metric": "val/f1", "patience": 1}}, "until.metric"),
+        ({"until": {"metric": "val/f1", "above": 0.9}}, "until.metric"),
+        ({"schedule": "plateau", "schedule_args": {"metric": "val/f1"}}, "schedule_args.metric"),
+    ],
+)
+def test_a_metric_to_watch_must_be_one_of_the_task(settings: dict[str, Any], place: str) -> None:
+    watching = config([row(**settings)])
+    phases = expand(watching, STAGES, 17)
+    check_metrics(watching, phases, ["accuracy", "f1"])
+    with pytest.raises(UserError, match=rf"^phase 'a': {place} 'val/f1' is not a metric .*'val/f2'"):
+        check_metrics(watching, phases, ["accuracy", "f2"])
+
+
+def test_what_names_the_best_must_be_a_metric_of_the_task() -> None:
+    settings = config([row()], monitor="val/accuracy")
     with pytest.raises(UserError, match=r"^monitor 'val/accuracy' is not a metric of this task; there are val/loss, "):
-        check_metrics(settings, expand(settings), ["f1"])
-    with pytest.raises(UserError, match=r"phase 'a': until\.metric 'val/f1' is not a metric .*'val/f2'"):
-        check_metrics(settings, expand(settings), ["accuracy", "f2"])
-
-
-def test_a_wrong_stage_lists_the_stages_and_the_nearest() -> None:
-    row = phase(train={"from": "block.1"}, backbone_lr=0.1)
-    with pytest.raises(UserError, match=r"its stages are stem, blocks.0, blocks.1, top.*Did you mean 'blocks.1'\?"):
-        resolve(config([row]), STAGES, samples=17)
-
-
-@pytest.mark.parametrize(
-    ("step", "factor", "remark"),
-    [
-        (0, 1 / 5, "the first step already moves"),
-        (1, 2 / 5, "linear"),
-        (3, 4 / 5, "the last step of the warm-up is below the full rate"),
-        (4, 1.0, "the full rate"),
-        (6, 0.853553, "a quarter of the cosine: (1 + cos 45 degrees) / 2"),
-        (8, 0.5, "half of the cosine"),
-        (10, 0.146447, "three quarters"),
-        (11, 0.038060, "the last step still moves"),
-        (12, 0.0, "zero where the next step would be"),
-        (20, 0.0, "and never below"),
-    ],
-)
-def test_warmup_and_cosine(step: int, factor: float, remark: str) -> None:
-    row = Phase(name="a", max_epochs=1, lr=0.1, schedule="warmup_cosine", warmup_steps=4)
-    assert lr_factor(row, step, max_steps=12) == pytest.approx(factor, abs=1e-6), remark
-
-
-@pytest.mark.parametrize(
-    ("step", "factor", "remark"),
-    [(0, 1.0, "without a warm-up it begins at the full rate"), (3, 0.5, "half way"), (6, 0.0, "the end")],
-)
-def test_cosine_without_warmup(step: int, factor: float, remark: str) -> None:
-    row = Phase(name="a", max_epochs=1, lr=0.1, schedule="warmup_cosine")
-    assert lr_factor(row, step, max_steps=6) == pytest.approx(factor, abs=1e-9), remark
-
-
-@pytest.mark.parametrize("step", [0, 5, 1000])
-def test_constant_is_constant(step: int) -> None:
-    assert lr_factor(Phase(name="a", max_epochs=1, lr=0.1), step, max_steps=6) == 1.0
-
-
-def printed(settings: Config, samples: int = 17) -> dict[str, Any]:
-    return fingerprint(settings, resolve(settings, STAGES, samples), {"train": "t" * 8, "val": "v" * 8})
-
-
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {"seed": 1},
-        {"image": {"size": 64}},
-        {"augment": {"flip_h": 0.5}},
-        {"model": {"backbone": "timm/net", "weights": "none"}},
-        {"objective": {"label_smoothing": 0.1}},
-        {"monitor": "val/accuracy"},
-        {"trainer": {"precision": "bf16-mixed"}},
-        {"data": {"train": {"manifest": "x", "split": "all"}, "val": {"manifest": "x", "split": "val"}}},
-        {
-            "data": {
-                "train": {"manifest": "x", "split": "train", "fraction": 0.5},
-                "val": {"manifest": "x", "split": "val"},
-            }
-        },
-        {
-            "data": {
-                "train": {"manifest": "x", "split": "train"},
-                "val": {"manifest": "x", "split": "val"},
-                "label": "l",
-            }
-        },
-    ],
-)
-def test_what_decides_the_result_is_in_the_fingerprint(sections: dict[str, Any]) -> None:
-    base, other = printed(config([THAW])), printed(config([THAW], **sections))
-    assert fingerprint_hash(base) != fingerprint_hash(other)
-    assert len(differences(base, other)) == 1
-    (section,) = sections
-    assert differences(base, other)[0].startswith({"trainer": "precision"}.get(section, section))
-
-
-@pytest.mark.parametrize("change", [{"max_epochs": 3}, {"lr": 0.2}, {"norm": "batch"}, {"momentum": 0.8}])
-def test_every_phase_is_in_the_fingerprint(change: dict[str, Any]) -> None:
-    base, other = printed(config([THAW])), printed(config([THAW | change]))
-    (key,) = change
-    assert f"phases[0].{key}: {THAW.get(key, getattr(Phase(**THAW), key))} -> {change[key]}" in differences(base, other)
-
-
-def test_the_data_is_in_the_fingerprint() -> None:
-    plans = resolve(config([THAW]), STAGES, 17)
-    prints = [fingerprint(config([THAW]), plans, {"train": digest}) for digest in ("a", "b")]
-    assert differences(*prints) == ["data.train.digest: a -> b"]
-    assert printed(config([THAW]), samples=17) != printed(config([THAW]), samples=170)
-
-
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {"name": "other"},
-        {"runs_dir": "elsewhere"},
-        {"trainer": {"devices": 2, "log_every_steps": 1, "progress": False}},
-        {"tracking": {"wandb": "off"}},
-        {
-            "data": {
-                "train": {"manifest": "y", "split": "train"},
-                "val": {"manifest": "y", "split": "val"},
-                "workers": 0,
-            }
-        },
-    ],
-)
-def test_where_a_run_is_computed_is_not_in_the_fingerprint(sections: dict[str, Any]) -> None:
-    base, other = printed(config([THAW])), printed(config([THAW], **sections))
-    assert fingerprint_hash(base) == fingerprint_hash(other)
-
-
-def test_a_fingerprint_survives_json() -> None:
-    value = printed(config([THAW]))
-    assert differences(value, json.loads(json.dumps(value))) == []
-    assert fingerprint_hash(value) == fingerprint_hash(json.loads(json.dumps(value)))
-
-
-def test_differences_name_the_place() -> None:
-    old = {"a": 1, "b": {"c": [1, {"d": 2}]}, "gone": 1, "list": [1]}
-    new = {"a": 1, "b": {"c": [1, {"d": 3}]}, "new": 2, "list": [1, 2]}
-    assert differences(old, new) == [
-        "b.c[1].d: 2 -> 3",
-        "gone: 1 -> None",
-        "list: [1] -> [1, 2]",
-        "new: None -> 2",
-    ]
-    assert differences(old, old) == []
+        check_metrics(settings, expand(settings, STAGES, 17), ["f1"])
+    plateau = config([row(schedule="plateau")])
+    check_metrics(plateau, expand(plateau, STAGES, 17), [])  # val/loss is always there
+    without = config([row()], monitor="val/f9", **NO_VAL)
+    check_metrics(without, expand(without, STAGES, 17), [])
 
 
 def test_a_plan_is_plain_data() -> None:
-    (plan,) = resolve(config([THAW]), STAGES, 17)
+    plan = planned(small(), train="all", backbone_lr=0.01)
     assert dataclasses.replace(plan) == plan
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.cut = "all"  # type: ignore[misc]

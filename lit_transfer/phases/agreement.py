@@ -1,0 +1,42 @@
+"""Whether all ranks hold the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class RanksDiffer(Exception):
+    """Ranks hold different weights: the run cannot be trusted, and stops."""
+
+
+def check_ranks_equal(tensors: Mapping[str, Tensor], device: torch.device, where: str) -> None:
+    """Compare a checksum of every tensor over all ranks; every rank must call it, with the same names.
+
+    Raises:
+        RanksDiffer: on every rank, with the names of the tensors that differ.
+    """
+    ranks = dist.get_world_size()
+    own = torch.stack([checksum(tensor) for tensor in tensors.values()]).to(device)
+    everyones = [torch.empty_like(own) for _ in range(ranks)]
+    dist.all_gather(everyones, own)
+    differs = (torch.stack(everyones) != everyones[0]).any(dim=0).tolist()
+    names = [name for name, differ in zip(tensors, differs, strict=True) if differ]
+    if names:
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise RanksDiffer(f"{where}: {len(names)} of {len(tensors)} tensors differ between ranks: {shown}")
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """An int64 of the bits of a tensor and their places; equal tensors have equal ones."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()]).long()
+    places = torch.arange(len(bits), device=bits.device) * 2 + 1  # odd: no bit is lost in the product
+    mixed = bits * places
+    return (mixed ^ (mixed >> 29)).sum()

@@ -1,0 +1,217 @@
+"""What happens between the optimizer steps of a phase: one callback, one order, the same decisions on every rank.
+
+After each step: the average of the weights, the curves, validation if it is due, what validation decides, a
+checkpoint if it is due, the end of the phase, a stop that was asked for. A checkpoint is therefore always taken when
+all that belongs to its step is done, and the position in a phase is one number: the steps done.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+
+from lit_transfer.config import Config
+from lit_transfer.errors import require
+from lit_transfer.model.ema import Ema
+from lit_transfer.model.module import Stopped, TransferModule
+from lit_transfer.phases.checkpoint import PhaseFiles
+from lit_transfer.phases.optim import set_lr
+from lit_transfer.phases.table import PhasePlan
+from lit_transfer.phases.watch import Watch, reason_to_end
+from lit_transfer.tracking import Recorder
+
+
+class StopSignal:
+    """Remembers SIGINT and SIGTERM; the ranks agree on it at the next step. A second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def install(self) -> None:
+        """Take over both signals; main thread only."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def __call__(self) -> bool:
+        """Whether a signal has come."""
+        return self.received is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, b"\nstopping at the next step; Ctrl-C again ends at once\n")  # print is not safe in a handler
+
+
+class Steps(pl.Callback):
+    """Runs the rules of a phase between its steps; hands the module its questions to all ranks (`requests`).
+
+    Args:
+        plan: of the phase.
+        config: its `monitor` and `checkpoint` are read.
+        files: of the phase.
+        recorder: of the phase.
+        stop: whether a signal has come.
+        identity: what a checkpoint must carry to be gone on from: the hash of the run's fingerprint.
+    """
+
+    def __init__(
+        self,
+        plan: PhasePlan,
+        config: Config,
+        files: PhaseFiles,
+        recorder: Recorder,
+        stop: StopSignal,
+        identity: str,
+    ) -> None:
+        self.plan, self.config, self.files, self.recorder = plan, config, files, recorder
+        self.stop, self.identity = stop, identity
+        phase = plan.phase
+        args = phase.full_schedule_args
+        self.step = 0
+        self.drops = 0
+        self.reason: str | None = None
+        self.ema: Ema | None = None
+        self.monitor = Watch(config.monitor)
+        self.until = Watch(phase.until.metric, phase.until.min_delta) if phase.until else None
+        self.plateau = Watch(args["metric"], args["min_delta"]) if phase.schedule == "plateau" else None
+        self._validates = config.data.val is not None
+        self._saved_at = time.monotonic()
+
+    def requests(self) -> tuple[bool, bool, bool]:
+        """What this rank asks at a step: to stop, to end the phase for its time, to save for the time gone by."""
+        minutes, every = self.plan.phase.max_minutes, self.config.checkpoint.every_minutes
+        return (
+            self.stop(),
+            minutes is not None and self.recorder.seconds >= minutes * 60,
+            every is not None and time.monotonic() - self._saved_at >= every * 60,
+        )
+
+    def state(self, trainer: pl.Trainer, module: TransferModule) -> dict[str, Any]:
+        """All that going on from this step needs, as plain values and tensors; equal on every rank but for times."""
+        return {
+            "identity": self.identity,
+            "step": self.step,
+            "reason": self.reason,
+            "network": module.network.state_dict(),
+            "optimizer": trainer.optimizers[0].state_dict(),
+            "ema": self.ema.weights if self.ema else None,
+            "precision": trainer.precision_plugin.state_dict(),
+            "watches": {name: watch.state() for name, watch in self._watches().items()},
+            "drops": self.drops,
+            "recorder": self.recorder.state(),
+        }
+
+    def go_on_from(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave, but for the network, the optimizer and the precision."""
+        self.step, self.reason, self.drops = state["step"], state["reason"], state["drops"]
+        if self.ema:
+            self.ema.load(state["ema"])
+        for name, watch in self._watches().items():
+            watch.go_on_from(state["watches"][name])
+        self.recorder.go_on_from(state["recorder"])
+
+    def _watches(self) -> dict[str, Watch]:
+        named = {"monitor": self.monitor, "until": self.until, "plateau": self.plateau}
+        return {name: watch for name, watch in named.items() if watch}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep our signal handlers: Lightning's own broadcasts from inside, which can fall into a backward pass."""
+        self.stop.install()
+        if self.ema:
+            self.ema.move_to(pl_module.device)
+        self.recorder.mark()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The batch has come; give the optimizer the rates of this step."""
+        self.recorder.batch_came()
+        set_lr(trainer.optimizers[0], self.plan, self.step, self.drops)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After the last part of a step: count it, and see what is due."""
+        assert isinstance(pl_module, TransferModule)
+        trainer.val_check_batch = math.inf
+        if (batch_idx + 1) % self.plan.phase.accumulate:
+            self.recorder.part_ended()
+            return
+        pl_module.share_running_statistics()
+        self.step += 1
+        if self.ema:
+            self.ema.update()
+        self.recorder.step_ended(self.step, pl_module.train_loss, trainer.optimizers[0])
+        if self.step >= self.plan.max_steps:
+            self.reason = self._limit_reached()
+        elif pl_module.agreed[1]:
+            self.reason = f"max_minutes {self.plan.phase.max_minutes:g} reached"
+        every = self.plan.phase.validate_every_steps or self.plan.steps_per_epoch
+        if self._validates and (self.reason or self.step % every == 0):
+            trainer.val_check_batch = 1
+        else:
+            self._end_step(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The average of the weights is what is validated."""
+        if self.ema:
+            self.ema.swap()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take its metrics, decide by them, and end the step."""
+        assert isinstance(pl_module, TransferModule)
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        values = trainer.strategy.broadcast(values)  # so that no rank decides by itself
+        self.recorder.write(self.step, values)
+        for watch in self._watches().values():
+            self._check_finite(watch.metric, values[watch.metric])
+        if self.monitor.see(values[self.monitor.metric], self.step) and trainer.is_global_zero:
+            with self.recorder.saving():
+                self.files.write_best(pl_module.network, self.step)
+        if self.ema:
+            self.ema.swap()
+        if self.plateau:
+            self.plateau.see(values[self.plateau.metric], self.step)
+            if self.plateau.waited >= self.plan.phase.full_schedule_args["patience"]:
+                self.drops, self.plateau.waited = self.drops + 1, 0
+        if self.until:
+            assert self.plan.phase.until
+            self.until.see(values[self.until.metric], self.step)
+            met = reason_to_end(self.plan.phase.until, self.until, values[self.until.metric])
+            self.reason = met or self.reason
+        self._end_step(trainer, pl_module)
+
+    def _end_step(self, trainer: pl.Trainer, module: TransferModule) -> None:
+        """Save if it is due, then end the phase or stop the run if that was decided."""
+        stop, _, time_to_save = module.agreed
+        every = self.config.checkpoint.every_steps
+        is_due = self.step % self.plan.steps_per_epoch == 0 or (every is not None and self.step % every == 0)
+        if is_due or stop or time_to_save or self.reason:
+            self._saved_at = time.monotonic()
+            if trainer.is_global_zero:
+                with self.recorder.saving():
+                    self.files.write_last(self.state(trainer, module), self.monitor.best_step)
+        if self.reason:
+            trainer.should_stop = True
+        elif stop:
+            raise Stopped
+        self.recorder.mark()
+
+    def _limit_reached(self) -> str:
+        phase = self.plan.phase
+        return f"max_steps {phase.max_steps} reached" if phase.max_steps else f"max_epochs {phase.max_epochs} reached"
+
+    def _check_finite(self, metric: str, value: float) -> None:
+        require(
+            math.isfinite(value),  # NaN would be neither better nor worse
+            f"{metric} is {value} after step {self.step} of phase '{self.plan.phase.name}', so none is the best; a "
+            "class may be missing from data.val: monitor val/loss instead.",
+        )
