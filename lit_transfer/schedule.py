@@ -174,7 +174,7 @@ def _check_train(phase: Phase, where: str) -> None:
         require(isinstance(value, str), said)
         require(value not in ("head", "all"), f"{where}: train.from '{value}' is no stage; write train: {value}.")
     elif form == "last":
-        require(isinstance(value, int) and value >= 1, f"{where}: train.last {value!r} is not a count of stages.")
+        require(type(value) is int and value >= 1, f"{where}: train.last {value!r} is not a count of stages.")
     else:
         require(isinstance(value, list | dict) and all(isinstance(p, str) for p in value), said)
         require(bool(value), f"{where}: train.params is empty, so the phase trains nothing; give a pattern.")
@@ -215,12 +215,12 @@ def _check_length(phase: Phase, where: str) -> None:
     require(
         (phase.max_epochs is None) != (phase.max_steps is None),
         f"{where}: max_epochs {phase.max_epochs} and max_steps {phase.max_steps} are "
-        f"{'both given; remove one' if phase.max_epochs else 'both missing; give one'}.",
+        f"{'both missing; give one' if phase.max_epochs is None else 'both given; remove one'}.",
     )
     for name in ("max_epochs", "max_steps", "validate_every_steps"):
         value = getattr(phase, name)
         require(value is None or value >= 1, f"{where}: {name} {value} is under 1.")
-    require(phase.max_minutes is None or phase.max_minutes > 0, f"{where}: max_minutes {phase.max_minutes} is under 0.")
+    require(phase.max_minutes is None or phase.max_minutes > 0, f"{where}: max_minutes {phase.max_minutes} is not positive.")
 
 
 def _check_numbers(phase: Phase, where: str) -> None:

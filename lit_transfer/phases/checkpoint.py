@@ -89,6 +89,10 @@ class PhaseFiles:
         weights: dict[str, Tensor] = load_file(self.folder / "final.safetensors")
         return weights
 
+    def prune(self) -> None:
+        """Remove what only a phase that still runs needs."""
+        self.last.unlink(missing_ok=True)
+
     def tidy(self) -> None:
         """Remove what a process that was killed left half-written."""
         for path in self.folder.glob(".*"):

@@ -133,7 +133,7 @@ def _run_phase(
         finally:
             trainer.fit_loop.teardown()  # where validation raised, Lightning leaves the workers of training alive
     module.cpu()
-    return _end_phase(trainer, job, plan, files, steps)
+    return _end_phase(trainer, job, plan, files, steps, before)
 
 
 def _checkpoint(
@@ -245,7 +245,14 @@ def build_data(setup: Setup, plan: PhasePlan, steps: range, before: Sequence[Pha
     )
 
 
-def _end_phase(trainer: pl.Trainer, job: Job, plan: PhasePlan, files: PhaseFiles, steps: Steps) -> PhaseResult:
+def _end_phase(
+    trainer: pl.Trainer,
+    job: Job,
+    plan: PhasePlan,
+    files: PhaseFiles,
+    steps: Steps,
+    before: Sequence[PhaseResult],
+) -> PhaseResult:
     """Settle the phase's final weights, prove them equal on all ranks, and mark the phase done."""
     assert steps.reason, "a fit ends with a reason"
     if dist.is_initialized():  # before restore_best, which would hide a difference
@@ -273,6 +280,8 @@ def _end_phase(trainer: pl.Trainer, job: Job, plan: PhasePlan, files: PhaseFiles
     )
     if trainer.is_global_zero:
         files.finish(job.network, result, steps.monitor.best_step)
+        for earlier in before:
+            PhaseFiles(job.run.checkpoints(earlier.name)).prune()
         print(f"phase {result.name} ended after {result.steps} steps: {result.reason}", flush=True)
     trainer.strategy.barrier()
     if trainer.strategy.reduce_boolean_decision(steps.stop(), all=False):  # it came after the last step

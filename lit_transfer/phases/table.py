@@ -115,7 +115,6 @@ def watched_metrics(phases: Sequence[Phase]) -> list[tuple[str, str]]:
 def _resolve_phase(config: Config, phase: Phase, layout: Layout, samples: int) -> PhasePlan:
     where = f"phase '{phase.name}'"
     rates = _stage_rates(phase, layout, where) if phase.patterns is None else _pattern_rates(phase, layout, where)
-    require(bool(rates), f"{where} trains nothing; its patterns match no parameter.")
     groups = _groups(phase, layout, rates)
     trained = {p.stage for p in layout.parameters if p.name in rates}
     cut = next((stage for stage in layout.stages if stage in trained), "head")
@@ -220,9 +219,10 @@ def _matches(pattern: str, parameter: ParameterInfo) -> bool:
 
 
 def _groups(phase: Phase, layout: Layout, rates: Rates) -> tuple[Group, ...]:
-    """Parameters of one rate and one decay, in the order in which the network first has them."""
+    """Parameters of one rate and one decay, in the order of the stages, the head last."""
     members: dict[tuple[str, float, bool], list[str]] = {}
-    for parameter in layout.parameters:
+    places = {part: place for place, part in enumerate([*layout.stages, "head"])}
+    for parameter in sorted(layout.parameters, key=lambda parameter: places[parameter.stage]):
         if parameter.name in rates:
             members.setdefault((*rates[parameter.name], parameter.decays), []).append(parameter.name)
     return tuple(

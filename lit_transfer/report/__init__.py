@@ -5,6 +5,7 @@ from lit_transfer.report.plots import (
     plot_confusion,
     plot_curves,
     plot_predictions,
+    plot_range_test,
     plot_roc,
     save_figure,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "plot_confusion",
     "plot_curves",
     "plot_predictions",
+    "plot_range_test",
     "plot_roc",
     "save_figure",
     "summary_table",

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_roc
 
 from lit_transfer.files import replacing
+from lit_transfer.phases.lr_finder import RangeTest
 
 # Okabe and Ito's colours can be told apart with any colour vision; line styles double their number.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -184,6 +185,28 @@ def plot_curves(metrics_csv: str | Path, path: str | Path) -> None:
         axes.margins(y=0.16)
         if names:
             axes.legend(loc="best", bbox_to_anchor=(0, 0, 1, 0.93))  # below the names of the phases
+    save_figure(figure, path)
+
+
+@STYLE
+def plot_range_test(test: RangeTest, path: str | Path) -> None:
+    """Loss of each step against its learning rate; the suggested and the planned rate are marked."""
+    figure = Figure(figsize=(7.5, 4.6))
+    axes = figure.add_subplot()
+    axes.plot(test.rates, test.losses, ".", color=COLOURS[5], ms=5, label="loss of a step")
+    axes.plot(test.rates, test.smoothed, color=COLOURS[0], lw=1.8, label="smoothed")
+    if test.suggested is not None:
+        rate = test.rates[test.suggested]
+        axes.axvline(rate, color=COLOURS[1], lw=1.6, label=f"suggestion: {rate:.2g}")
+    if test.rates[0] <= test.planned <= test.rates[-1]:
+        axes.axvline(test.planned, color="#666666", lw=1.4, ls=":", label=f"in the config: {test.planned:.2g}")
+    low, high = min(test.losses), max(test.losses[: test.lowest + 1])
+    span = high - low or 0.1
+    axes.set(ylim=(low - 0.1 * span, high + 0.5 * span))  # the growth at the end would hide the fall
+    axes.set(xscale="log", xlabel=f"learning rate of {test.axis}", ylabel="training loss")
+    axes.set_title(f"Learning-rate range test, {len(test.losses)} of {test.steps} steps")
+    axes.xaxis.set_major_formatter("{x:.0e}")
+    axes.legend(loc="upper left")
     save_figure(figure, path)
 
 

@@ -1,8 +1,12 @@
-"""A signal in the middle of an epoch, then the same command again: the result of an uninterrupted run, to the bit."""
+"""A signal in the middle of an epoch, then the same command again: the result of an uninterrupted run, to the bit.
+
+SIGKILL at chosen moments is in test_kill.py; here it ends two ranks and their workers at once.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -101,6 +105,8 @@ def stop(file: Path, run: Path, phase: str, rows: int, number: signal.Signals) -
     [
         ("thaw", 5, signal.SIGINT, 1, 1),
         ("thaw", 4, signal.SIGTERM, 2, 1),
+        pytest.param("thaw", 5, signal.SIGKILL, 2, 1, marks=pytest.mark.full),
+        pytest.param("head", 4, signal.SIGKILL, 2, 0, marks=pytest.mark.full),
         *(
             pytest.param(phase, rows, number, 1, workers, marks=pytest.mark.full)
             for phase, rows in (("head", 1), ("head", 5), ("thaw", 1), ("thaw", 8))
@@ -117,12 +123,16 @@ def test_a_stopped_run_goes_on_to_the_same_result(
     run, reference = tmp_path / "runs" / "stopped", tmp_path / "runs" / "straight"
 
     status, output = stop(stopped, run, phase, rows, number)
-    assert status == 130, output
-    assert "the same command continues" in output
     assert "Traceback" not in output
     assert not (run / "summary.json").exists()
-    an_epoch_was_whole = (run / "checkpoints" / phase / "last.ckpt").exists()
-    assert f"phase {phase} {'goes on' if an_epoch_was_whole else 'begins'}" in finish(stopped)
+    told = finish(stopped)
+    if number == signal.SIGKILL:  # the last whole epoch is what is left
+        assert status == -signal.SIGKILL
+    else:  # the very step is
+        assert status == 130, output
+        assert "the same command continues" in output
+        done = [int(count) for count in re.findall(rf"phase {phase} goes on from step (\d+) of", told)]
+        assert done and done[0] >= rows or f"phase {phase} ended" in output
 
     for name in ("head", "thaw"):
         ours, theirs = (load_file(r / "checkpoints" / name / "final.safetensors") for r in (run, reference))

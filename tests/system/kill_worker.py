@@ -1,0 +1,126 @@
+"""Runs `lit-transfer train`, has it killed at a given moment, and gives the same command again: kill_worker.py JOBS.
+
+JOBS is a JSON list of {"config": FILE, "moment": [NAME, PHASE, COUNT] or null}. Each command runs in a process forked
+from this one, which has the imports done and never computes: SIGKILL takes the whole of it, in the middle of what it
+does.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from lit_transfer.launch import train
+from lit_transfer.phases import checkpoint
+from lit_transfer.phases.checkpoint import PhaseFiles
+from lit_transfer.phases.run import run_phases
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Killer(pl.Callback):
+    """Dies at the COUNT-th batch of training, or of validation, that it sees in a phase."""
+
+    def __init__(self, moment: str, phase: str, count: int) -> None:
+        self.moment, self.phase, self.left = moment, phase, count
+
+    def _count(self, moment: str, trainer: pl.Trainer) -> None:
+        steps = next(c for c in trainer.callbacks if type(c).__name__ == "Steps")
+        if moment == self.moment and steps.plan.phase.name == self.phase:
+            self.left -= 1
+            if self.left < 0:
+                die()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._count("train", trainer)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._count("backward", trainer)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._count("validation", trainer)
+
+
+def die_in(moment: str, phase: str, count: int) -> None:
+    """Arm the moments that lie in the files of a phase: half-written ones, and those between two of them."""
+    left = count
+
+    def half(path: Path, data: bytes) -> None:
+        nonlocal left
+        left -= 1
+        path.write_bytes(data if left >= 0 else data[: len(data) // 2])
+        if left < 0:
+            die()
+
+    if moment == "last":
+        real_save = torch.save
+
+        def save(state: Any, path: Path) -> None:
+            buffer = io.BytesIO()
+            real_save(state, buffer)
+            (half if path.parent.name == phase else Path.write_bytes)(path, buffer.getvalue())
+
+        checkpoint.torch.save = save  # type: ignore[attr-defined]
+    elif moment == "best":
+        real_write, real_bytes = checkpoint._write_weights, Path.write_bytes
+
+        def write(path: Path, network: torch.nn.Module) -> None:
+            if path.parent.name != phase or not path.name.startswith("best"):
+                return real_write(path, network)
+            nonlocal left
+            left -= 1
+            if left < 0:
+                Path.write_bytes = lambda self, data: (real_bytes(self, data[: len(data) // 2]), die())[0]  # type: ignore[assignment,method-assign,func-returns-value]
+            real_write(path, network)
+            return None
+
+        checkpoint._write_weights = write
+    elif moment == "final":  # the final weights are there, the mark is not
+        real_json = checkpoint.write_json
+        checkpoint.write_json = lambda path, value: die() if path.parent.name == phase else real_json(path, value)  # type: ignore[attr-defined]
+    elif moment == "between":
+        real_finish: Callable[..., None] = PhaseFiles.finish
+
+        def finish(self: PhaseFiles, *arguments: Any) -> None:
+            real_finish(self, *arguments)
+            if self.folder.name == phase:
+                die()
+
+        PhaseFiles.finish = finish  # type: ignore[method-assign]
+
+
+def command(config: str, moment: list[Any] | None) -> int:
+    """The exit status of the command in a forked process, negative where a signal ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            if moment:
+                die_in(*moment)
+                train.run_phases = partial(run_phases, callbacks=[Killer(*moment)])  # type: ignore[attr-defined]
+            os._exit(train.main(["--config", config]))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        print(f"--- {job}", flush=True)
+        if job["moment"]:
+            status = command(job["config"], job["moment"])
+            assert status == -signal.SIGKILL, f"{job}: was to be killed, but ended with {status}"
+        assert command(job["config"], None) == 0, job
