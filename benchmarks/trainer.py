@@ -1,9 +1,10 @@
-"""What the trainer costs over a bare PyTorch loop: images per second on the same batches, frozen and thawed.
+"""What the trainer costs over a bare PyTorch loop of the same schedule, for three presets; and what safety costs.
 
-    .venv/bin/python benchmarks/trainer.py [--pairs 5] [--fraction 0.15]
+    .venv/bin/python benchmarks/trainer.py [--pairs 5] [--fraction 0.1]
 
-Needs `make quickstart`'s dataset. Trainer and loop run in turns in one process; the ratio of a pair is loop / trainer
-in images per second, so 1.0 is free and 1.1 is a tenth slower. The result goes to benchmarks/trainer.json.
+Needs `make quickstart`'s dataset. Trainer and loop run in turns in one process; the ratio of a pair is the trainer's
+seconds over the loop's, so 1.0 is free and 1.1 is a tenth slower. Checkpoints and the check across ranks are timed
+apart, as a share of the phase. The result goes to benchmarks/trainer.json.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import resource
 import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.multiprocessing.spawn import spawn
 
 from lit_transfer.config import Config
 from lit_transfer.data.module import ImageData
@@ -26,101 +29,141 @@ from lit_transfer.files import write_json
 from lit_transfer.launch.train import prepare_job
 from lit_transfer.model.augment import train_input
 from lit_transfer.model.network import Network
+from lit_transfer.phases.agreement import check_ranks_equal
+from lit_transfer.phases.optim import build_optimizer, set_lr
 from lit_transfer.phases.run import Job, run_phases
 from lit_transfer.phases.table import PhasePlan
 from lit_transfer.reading import override, parse, read_yaml
 from lit_transfer.tracking import ENVIRONMENT
 
-PHASES = {
-    "frozen": {"train": "head", "lr": 1e-3},
-    "thawed": {"train": {"from": "blocks.4"}, "lr": 1e-3, "backbone_lr": 1e-4},
+COSINE = {"global_batch": 32, "weight_decay": 0.05, "schedule": "warmup_cosine"}
+PRESETS: dict[str, dict[str, Any]] = {
+    "linear_probe": {"epochs": 1} | COSINE,
+    "freeze_thaw": {"thaw_from": "blocks.4", "head_epochs": 1, "thaw_epochs": 1} | COSINE,
+    "layer_decay": {"epochs": 1} | COSINE,
 }
 
 
-def job_of(phase: str, fraction: float, folder: Path) -> tuple[Job, list[PhasePlan]]:
-    """One epoch of one phase of the quickstart, without validation, in a fresh run directory."""
+def job_of(preset: str, fraction: float, folder: Path, *more: str) -> tuple[Job, list[PhasePlan]]:
+    """The quickstart's data and network under a preset, without validation, in a fresh run directory."""
     plain = read_yaml(Path("configs/quickstart.yaml").read_text())
-    plain["phases"] = [{"name": phase, "max_epochs": 1, "global_batch": 32, **PHASES[phase]}]
+    plain["phases"] = {"preset": preset} | PRESETS[preset]
     plain["data"] = {
         "train": plain["data"]["train"] | {"fraction": fraction},
         "workers": 0,  # decoded in the process, so that the start of a worker is in neither time
     }
-    changes = ["--runs_dir", str(folder), "--trainer.progress", "false", "--tracking.wandb", "off"]
+    changes = ["--runs_dir", str(folder), "--trainer.progress", "false", "--tracking.wandb", "off", *more]
     os.environ.pop(ENVIRONMENT, None)
     return prepare_job(parse(Config, override(plain, changes)))
 
 
-def trainer_speed(job: Job, plans: list[PhasePlan]) -> float:
-    """Images per second of the phase, by the trainer."""
-    return run_phases(job, plans)[0].images_per_s
+def trainer_seconds(job: Job, plans: list[PhasePlan]) -> float:
+    """Seconds of training, by the trainer: batches, steps, curves."""
+    samples = len(job.streams["train"].rows)
+    return sum(samples * result.epochs / result.images_per_s for result in run_phases(job, plans))
 
 
-def loop_speed(job: Job, plan: PhasePlan, network: Network) -> float:
-    """Images per second of the same epoch by a loop as short as it can be."""
-    network.set_cut(plan.cut)
-    network.train()
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
-    data = ImageData(
-        job.streams,
-        job.preprocessing,
-        seed=0,
-        global_batch=32,
-        first_epoch=0,
-        workers=job.config.data.workers,
-    )
-    loader = data.train_dataloader()
-    start, images = time.perf_counter(), 0
-    for batch in loader:
-        pixels = train_input(batch["image"], batch["uniform"], job.config.augment, job.preprocessing)
-        with torch.autocast("cpu", torch.bfloat16, enabled=job.config.trainer.precision == "bf16-mixed"):
-            logits = network(pixels)
-        loss = F.cross_entropy(logits.float(), batch["target"])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        images += len(batch["target"])
-    return images / (time.perf_counter() - start)
+def loop_seconds(job: Job, plans: list[PhasePlan], network: Network) -> float:
+    """Seconds of the same schedule by a loop as short as it can be."""
+    seconds = 0.0
+    for plan in plans:
+        network.set_trained(plan.trained)
+        network.train()
+        optimizer = build_optimizer(network, plan)
+        data = ImageData(
+            job.streams,
+            job.preprocessing,
+            seed=0,
+            global_batch=plan.phase.global_batch,
+            workers=0,
+            steps=range(plan.max_steps),
+        )
+        start = time.perf_counter()
+        for step, batch in enumerate(data.train_dataloader()):
+            set_lr(optimizer, plan, step)
+            pixels = train_input(batch["image"], batch["uniform"], job.config.augment, job.preprocessing)
+            with torch.autocast("cpu", torch.bfloat16, enabled=job.config.trainer.precision == "bf16-mixed"):
+                logits = network(pixels)
+            loss = F.cross_entropy(logits.float(), batch["target"])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        seconds += time.perf_counter() - start
+    return seconds
 
 
-def compare(phase: str, pairs: int, fraction: float) -> dict[str, object]:
+def compare(preset: str, pairs: int, fraction: float) -> dict[str, object]:
     """Ratios of interleaved pairs; the order within a pair alternates, and one pair is a warm-up."""
-    ratios: list[float] = []
-    speeds: dict[str, list[float]] = {"trainer": [], "loop": []}
+    ratios, seconds = [], []
     for pair in range(pairs + 1):
         with tempfile.TemporaryDirectory() as folder:
-            job, plans = job_of(phase, fraction, Path(folder))
+            job, plans = job_of(preset, fraction, Path(folder))
             network = copy.deepcopy(job.network)
             if pair % 2:
-                loop, trainer = loop_speed(job, plans[0], network), trainer_speed(job, plans)
+                loop, trainer = loop_seconds(job, plans, network), trainer_seconds(job, plans)
             else:
-                trainer, loop = trainer_speed(job, plans), loop_speed(job, plans[0], network)
+                trainer, loop = trainer_seconds(job, plans), loop_seconds(job, plans, network)
         if pair:
-            ratios.append(loop / trainer)
-            speeds["trainer"].append(trainer)
-            speeds["loop"].append(loop)
+            ratios.append(trainer / loop)
+            seconds.append((trainer, loop))
             print(
-                f"{phase} pair {pair}: trainer {trainer:.1f}, loop {loop:.1f} images/s, ratio {loop / trainer:.3f}",
-                flush=True,
+                f"{preset} pair {pair}: trainer {trainer:.2f} s, loop {loop:.2f} s, ratio {ratios[-1]:.3f}", flush=True
             )
+    trainer, loop = (statistics.median(times) for times in zip(*seconds, strict=True))
     return {
         "ratio_median": statistics.median(ratios),
         "ratios": ratios,
-        "trainer_images_per_s_median": statistics.median(speeds["trainer"]),
-        "loop_images_per_s_median": statistics.median(speeds["loop"]),
+        "trainer_seconds_median": trainer,
+        "loop_seconds_median": loop,
     }
 
 
+def checkpoint_cost(fraction: float) -> dict[str, object]:
+    """A checkpoint after every step, the most that can be asked for: seconds of each, and share of the phase."""
+    with tempfile.TemporaryDirectory() as folder:
+        job, plans = job_of("layer_decay", fraction, Path(folder), "--checkpoint.every_steps", "1")
+        result = run_phases(job, plans)[0]
+    return {
+        "every_steps": 1,
+        "seconds_each": result.checkpoint_share * result.seconds / result.steps,
+        "percent_of_phase": 100 * result.checkpoint_share,
+        "step_seconds": result.seconds / result.steps,
+    }
+
+
+def _time_check(rank: int, state: dict[str, torch.Tensor], folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    times = []
+    for _ in range(11):
+        start = time.perf_counter()
+        check_ranks_equal(state, torch.device("cpu"), "benchmark")
+        times.append(time.perf_counter() - start)
+    if rank == 0:
+        (Path(folder) / "seconds").write_text(str(statistics.median(times)))
+    dist.destroy_process_group()
+
+
+def rank_check_cost(phase_seconds: float) -> dict[str, object]:
+    """The check across two gloo ranks at a phase's end: median seconds, and share of a phase that long."""
+    with tempfile.TemporaryDirectory() as folder:
+        job, _ = job_of("linear_probe", 0.1, Path(folder))
+        spawn(_time_check, (dict(job.network.state_dict()), folder), nprocs=2)
+        seconds = float((Path(folder) / "seconds").read_text())
+    return {"seconds": seconds, "percent_of_phase": 100 * seconds / phase_seconds, "phase_seconds": phase_seconds}
+
+
 def main() -> None:
-    """Compare both phases and write benchmarks/trainer.json."""
+    """Compare the presets, time what safety costs, and write benchmarks/trainer.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--fraction", type=float, default=0.15, help="of the training split, one epoch of it")
+    parser.add_argument("--fraction", type=float, default=0.1, help="of the training split, one epoch of it")
     options = parser.parse_args()
-    results: dict[str, object] = {phase: compare(phase, options.pairs, options.fraction) for phase in PHASES}
-    results["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    results: dict[str, Any] = {preset: compare(preset, options.pairs, options.fraction) for preset in PRESETS}
+    results["step_checkpoints"] = checkpoint_cost(options.fraction)
+    results["rank_check"] = rank_check_cost(results["layer_decay"]["trainer_seconds_median"])
     results["torch"], results["threads"] = torch.__version__, torch.get_num_threads()
     write_json(Path(__file__).with_suffix(".json"), results)
+    print({name: results[name] for name in ("step_checkpoints", "rank_check")})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from lit_transfer.errors import UserError, nearest
 VERBS = {
     "prepare": "pictures -> WebDataset shards and a manifest",
     "fetch": "bring every weight a config needs to this machine",
+    "find-lr": "try learning rates on a phase of a config, and suggest some",
     "plan": "print what a run would do, without a GPU",
     "train": "run the phases of a config",
     "evaluate": "measure a finished run on a split or a dataset",
@@ -45,4 +46,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"error: '{verb}' is not a verb of lit-transfer.{nearest(verb, list(VERBS))}", file=sys.stderr)
         return 2
-    return run(importlib.import_module(f"lit_transfer.launch.{verb}").main, arguments[1:])
+    return run(importlib.import_module(f"lit_transfer.launch.{verb.replace('-', '_')}").main, arguments[1:])

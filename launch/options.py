@@ -124,7 +124,7 @@ def _dataclass_in(hint: Any) -> tuple[type, str] | None:
     return None
 
 
-_NAMES = {int: "INT", float: "NUMBER", str: "TEXT", bool: "true|false", types.NoneType: "null"}
+_NAMES = {int: "INT", float: "NUMBER", str: "TEXT", bool: "true|false", types.NoneType: "null", Any: "VALUE"}
 
 
 def _type(hint: Any) -> str:

@@ -109,6 +109,7 @@ def open_run(
         if changed:
             earlier = {"until": _now(), "changes": changed, "fingerprint": record["fingerprint"]}
             record = record | {"fingerprint": fingerprint, "earlier": [*record.get("earlier", []), earlier]}
+            (folder / "summary.json").unlink(missing_ok=True)  # the run may not be finished any more
             write_text(folder / "config.yaml", to_yaml(config))
             write_json(path, record)
     else:

@@ -131,7 +131,15 @@ class TransferModule(pl.LightningModule):
             own = 1.0
             if self.mixup or self.cutmix:
                 images, own = mix(images, self.mixup, self.cutmix)
-        logits = self(images)
+        try:
+            logits = self(images)
+        except ValueError as error:  # torch's words where a channel has one value, whose variance is undefined
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"norm batch has {len(images)} sample(s) on a rank at step {self.first_step + self.global_step}, too few "
+                "for statistics; choose a global_batch that leaves more in an epoch's last step, or norm pretrained."
+            ) from error
         total = self._loss_of(logits, batch, own).sum()
         self._agree(total, batch, part=batch_idx % self.parts)
         # Lightning divides by the parts of a step, DDP by the ranks.

@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_transfer.errors import UserError
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class RanksDiffer(Exception):
-    """Ranks hold different weights: the run cannot be trusted, and stops."""
+class RanksDiffer(UserError):
+    """Ranks hold different weights: the run cannot be trusted, and stops with a sentence."""
 
 
 def check_ranks_equal(tensors: Mapping[str, Tensor], device: torch.device, where: str) -> None:
@@ -29,7 +31,10 @@ def check_ranks_equal(tensors: Mapping[str, Tensor], device: torch.device, where
     names = [name for name, differ in zip(tensors, differs, strict=True) if differ]
     if names:
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        raise RanksDiffer(f"{where}: {len(names)} of {len(tensors)} tensors differ between ranks: {shown}")
+        raise RanksDiffer(
+            f"{where}: {len(names)} of {len(tensors)} tensors differ between ranks ({shown}), so each has trained a "
+            "network of its own; do not use this phase, and look for what changes weights outside the optimizer."
+        )
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -143,10 +143,8 @@ def results_before(run_dir: Path, earlier: Sequence[PhasePlan], marks: dict[str,
         f"do not exist yet; train until then with lit-transfer train, or test phase '{earlier[0].phase.name}'.",
     )
     trained = run.record["fingerprint"]
-    changed = differences(
-        trained | {"phases": trained["phases"][: len(earlier)]},
-        json.loads(json.dumps(marks)),
-    )
+    kept = trained | {"phases": trained["phases"][: len(earlier)]}
+    changed = differences(kept, json.loads(json.dumps(marks)))
     require(
         not changed,
         f"{run_dir} holds earlier phases of other settings ({'; '.join(changed[:8])}); only the tested phase and "
@@ -197,7 +195,8 @@ def range_test(setup: Setup, plan: PhasePlan, before: Sequence[PhaseResult], rat
         trainer.fit(module, datamodule=build_data(setup, plan, range(len(rates)), before))
     done = len(sweep.losses)
     require(
-        done > 0, f"the loss is no number at the first step, at rate {rates[0]:g}; lower --from, or use precision 32."
+        done > 0,
+        f"the loss is no number at the first step, at rate {rates[0]:g}; use trainer.precision 32, or other weights.",
     )
     axis, planned = axis_of(plan)
     return RangeTest(tuple(rates[:done]), tuple(sweep.losses), axis, planned, len(rates))

@@ -155,18 +155,20 @@ def _checkpoint(
         f"{files.last} is of a run with other settings; remove it, or choose another --name.",
     )
     if saved["identity"] != now:
-        groups = [[(g["name"], len(g["params"])) for g in groups] for groups in _groups_of(saved, optimizer)]
-        if groups[0] != groups[1] or (saved["ema"] is None) != (plan.phase.ema_decay is None):
-            print(f"phase {plan.phase.name} trains something else than before, and starts anew", flush=True)
+        old, new = saved["optimizer"], optimizer.state_dict()
+        if _settings(old) != _settings(new) or (saved["ema"] is None) != (plan.phase.ema_decay is None):
+            print(f"phase {plan.phase.name} trains otherwise than before, and starts anew", flush=True)
             return None
+        old["param_groups"] = new["param_groups"]  # or the weight decay would be that of before
         saved["reason"] = None  # it may be longer now
     if saved["step"] >= plan.max_steps and saved["reason"] is None:
         saved["reason"] = f"{plan.max_steps} steps were done already"
     return saved
 
 
-def _groups_of(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> tuple[list[Any], list[Any]]:
-    return saved["optimizer"]["param_groups"], optimizer.param_groups
+def _settings(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """What of an optimizer's groups must be as it was for its state to have a meaning."""
+    return [{k: v for k, v in group.items() if k not in ("lr", "weight_decay")} for group in state["param_groups"]]
 
 
 def set_trained(setup: Setup, plan: PhasePlan) -> None:

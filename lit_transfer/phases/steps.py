@@ -115,7 +115,7 @@ class Steps(pl.Callback):
         if self.ema:
             self.ema.load(state["ema"])
         for name, watch in self._watches().items():
-            watch.go_on_from(state["watches"][name])
+            watch.go_on_from(state["watches"].get(name, watch.state()))
         self.recorder.go_on_from(state["recorder"])
 
     def _watches(self) -> dict[str, Watch]:

@@ -42,11 +42,12 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+        return {"metric": self.metric, "best": self.best, "best_step": self.best_step, "waited": self.waited}
 
     def go_on_from(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]
+        """Go on from a checkpoint; where it watched another metric, start anew."""
+        if state["metric"] == self.metric:
+            self.best, self.best_step, self.waited = state["best"], state["best_step"], state["waited"]
 
 
 def reason_to_end(until: Until, watch: Watch, value: float) -> str | None:

@@ -200,14 +200,14 @@ def _batches(config: Config, planned: Sequence[PlannedPhase], samples: int) -> s
     here = " on this machine" if config.trainer.devices == "auto" else ""
     epochs, total = (sum(int(str(row[key])) for row in rows) for key in ("epochs", "steps"))
     pictures = sum(step.plan.max_steps * samples // step.plan.steps_per_epoch for step in planned)
-    return (
+    lines = [
         f"Batches: {samples:,} samples an epoch, {ranks} rank{'s' if ranks > 1 else ''} "
-        f"(nodes {config.trainer.num_nodes}, devices {config.trainer.devices}{here})\n{aligned(rows)}\n"
-        + "\n".join(
-            [f"{epochs:,} epochs, {total:,} steps and {pictures:,} pictures at most"]
-            + list(filter(None, (_end(step.plan, config.monitor) for step in planned)))
-        )
-    )
+        f"(nodes {config.trainer.num_nodes}, devices {config.trainer.devices}{here})",
+        aligned(rows),
+        f"{epochs:,} epochs, {total:,} steps and {pictures:,} pictures at most",
+        *filter(None, (_end(step.plan, config.monitor) for step in planned)),
+    ]
+    return "\n".join(lines)
 
 
 def _end(plan: PhasePlan, monitor: str) -> str:

@@ -200,7 +200,8 @@ def plot_range_test(test: RangeTest, path: str | Path) -> None:
         axes.axvline(rate, color=COLOURS[1], lw=1.6, label=f"suggestion: {rate:.2g}")
     if test.rates[0] <= test.planned <= test.rates[-1]:
         axes.axvline(test.planned, color="#666666", lw=1.4, ls=":", label=f"in the config: {test.planned:.2g}")
-    low, high = min(test.losses), max(test.losses[: test.lowest + 1])
+    seen = test.losses[: test.lowest + 1]
+    low, high = min(seen), max(seen)
     span = high - low or 0.1
     axes.set(ylim=(low - 0.1 * span, high + 0.5 * span))  # the growth at the end would hide the fall
     axes.set(xscale="log", xlabel=f"learning rate of {test.axis}", ylabel="training loss")

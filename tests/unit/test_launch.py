@@ -40,7 +40,7 @@ def test_help_lists_every_verb(arguments: list[str], capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("verb", launch.VERBS)
 def test_every_verb_has_a_module_whose_main_takes_arguments(verb: str) -> None:
-    assert callable(importlib.import_module(f"lit_transfer.launch.{verb}").main)
+    assert callable(importlib.import_module(f"lit_transfer.launch.{verb.replace('-', '_')}").main)
 
 
 def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +111,7 @@ def test_what_is_wrong_with_the_options_is_said(file: str, arguments: list[str],
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["--config", "x", "-h"]])
-@pytest.mark.parametrize("verb", ["prepare", "fetch", "plan", "train"])
+@pytest.mark.parametrize("verb", ["prepare", "fetch", "find-lr", "plan", "train"])
 def test_help_is_a_line_of_usage_what_the_verb_does_and_the_keys(
     verb: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,7 +125,8 @@ def test_help_is_a_line_of_usage_what_the_verb_does_and_the_keys(
     key = "  --out TEXT (required) " if verb == "prepare" else "  --seed INT (0) "
     assert any(line.startswith(key) for line in lines)
     own = [line.split()[0] for line in lines if line.startswith("--")]
-    assert own == (["--samples", "--classes", "--expand"] if verb == "plan" else [])
+    options = {"plan": ["--samples", "--classes", "--expand"], "find-lr": ["--phase", "--steps", "--from", "--to"]}
+    assert own == options.get(verb, [])
 
 
 def keys_of(plain: object, path: str = "-") -> list[str]:
