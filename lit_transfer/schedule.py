@@ -220,7 +220,8 @@ def _check_length(phase: Phase, where: str) -> None:
     for name in ("max_epochs", "max_steps", "validate_every_steps"):
         value = getattr(phase, name)
         require(value is None or value >= 1, f"{where}: {name} {value} is under 1.")
-    require(phase.max_minutes is None or phase.max_minutes > 0, f"{where}: max_minutes {phase.max_minutes} is not positive.")
+    minutes = phase.max_minutes
+    require(minutes is None or minutes > 0, f"{where}: max_minutes {minutes} is not positive.")
 
 
 def _check_numbers(phase: Phase, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import os
 from pathlib import Path
@@ -19,16 +20,17 @@ from lit_transfer.data.module import Samples, open_streams
 from lit_transfer.data.packing.items import Pack
 from lit_transfer.data.packing.pack import pack
 from lit_transfer.evaluation import conclude
+from lit_transfer.launch.train import prepare_job
 from lit_transfer.model.backbone import build_backbone
 from lit_transfer.model.heads import build_head
 from lit_transfer.model.network import Network
 from lit_transfer.model.portable import Description
 from lit_transfer.objectives.losses import outputs
 from lit_transfer.phases.run import Job, run_phases
-from lit_transfer.phases.table import differences, fingerprint, resolve
-from lit_transfer.reading import parse
+from lit_transfer.phases.table import PhasePlan
+from lit_transfer.reading import parse, to_plain
 from lit_transfer.recipe import Model
-from lit_transfer.tracking import ENVIRONMENT, open_run
+from lit_transfer.tracking import ENVIRONMENT
 
 PREPROCESSING = Preprocessing(
     size=32,
@@ -105,6 +107,20 @@ def tiny_config(manifest: Manifest, runs: Path) -> Config:
     )
 
 
+def fine_tuning(manifest: Manifest, runs: Path, phases: list[dict[str, Any]], **sections: Any) -> Config:
+    """A run of given phases of a tiny network with BatchNorm, whose every step is logged."""
+    plain = to_plain(tiny_config(manifest, runs))
+    plain |= {"model": {"backbone": "timm/test_efficientnet", "weights": "none"}, "phases": phases}
+    plain["trainer"]["log_every_steps"] = 1
+    return parse(Config, plain | sections)
+
+
+def metric_rows(config: Config) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv."""
+    with (config.run_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def tiny_network(model: Model, task: str, classes: int) -> Network:
     """A network with random weights whose outputs differ between pictures."""
     torch.manual_seed(0)
@@ -155,14 +171,14 @@ def describe(config: Config, manifest: Manifest, threshold: list[float] | None =
     )
 
 
+def prepared(config: Config, **changes: Any) -> tuple[Job, list[PhasePlan]]:
+    """A run made, or opened again, as `train` would in a process of its own."""
+    job, plans = prepare_job(config, **changes)
+    os.environ.pop(ENVIRONMENT)
+    return job, plans
+
+
 def finished_run(config: Config) -> dict[str, Any]:
     """Train and conclude a run; returns its summary."""
-    streams = open_streams(config.data, config.seed)
-    manifest = streams["train"].manifest
-    network = tiny_network(config.model, manifest.task, len(manifest.classes()))
-    plans = resolve(config, network.backbone.stage_names, len(streams["train"].rows))
-    digests = {name: samples.manifest.digest for name, samples in streams.items()}
-    run = open_run(config, fingerprint(config, plans, digests), differences)
-    os.environ.pop(ENVIRONMENT)
-    job = Job(config, network, streams, PREPROCESSING, None, run, None)
+    job, plans = prepared(config)
     return conclude(job, run_phases(job, plans))

@@ -93,7 +93,7 @@ def _stages(config: Config, network: Network, planned: Sequence[PlannedPhase]) -
         for some in _beside(columns, WIDTH - max(map(len, aligned(rows).splitlines())))
     ]
     return (
-        f"Network: {config.model.backbone}, weights {config.model.weights}; the learning rate of each stage by phase\n"
+        f"Network: {config.model.backbone}, weights {config.model.weights}\nlearning rates by phase\n"
         + "\n".join(tables)
         + f"\n{sum(counts.values()):,} parameters in all; the head reads {backbone.features:,} features"
         + _missing_weights(config.model.weights)

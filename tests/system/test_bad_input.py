@@ -57,6 +57,57 @@ def test_one_sentence_and_nothing_written(
     assert not (tmp_path / "runs").exists()
 
 
+THAW = "name: a, max_epochs: 2, lr: 0.1, backbone_lr: 0.1"
+
+
+@pytest.mark.parametrize(
+    ("phases", "sentence"),
+    [
+        (f"[{{{THAW}, train: {{from: layr9}}}}]", "'layr9' is not a stage of timm/test_resnet; its stages are stem, "),
+        (f"[{{{THAW}, train: {{last: 9}}}}]", "train.last 9 is over the 5 stages of timm/test_resnet (stem, "),
+        (
+            "[{name: a, max_epochs: 2, train: {params: {stem/*: 0.1, '*.weight': 0.2}}}]",
+            "train.params 'stem/*' and '*.weight' both match stem/conv1.0.weight with different rates, 0.1 and 0.2",
+        ),
+        (f"[{{{THAW}, train: {{params: [nothing/*]}}}}]", "'nothing/*' matches no parameter, so it trains nothing"),
+        (f"[{{{THAW}, train: {{params: []}}}}]", "train.params is empty, so the phase trains nothing; give a pattern"),
+        (f"[{{{THAW}, train: all, restore_best: true}}]", "phase 'a': restore_best needs validation; give data.val"),
+        (
+            f"[{{{THAW}, train: all, until: {{metric: val/auc, patience: 1}}}}]",
+            "until.metric 'val/auc' is not a metric of this task; there are val/loss, ",
+        ),
+        (
+            f"[{{{THAW}, train: all, schedule: plateau, schedule_args: {{metric: val/los}}}}]",
+            "schedule_args.metric 'val/los' is not a metric of this task",
+        ),
+        (f"[{{{THAW}, train: all, max_steps: 3}}]", "max_epochs 2 and max_steps 3 are both given; remove one"),
+        (f"[{{{THAW}, train: all, optimizer: admw}}]", "'admw' is not in torch.optim, which has adadelta, "),
+        (
+            f"[{{{THAW}, train: all, optimizer_args: {{beta: 0.9}}}}]",
+            "optimizer adamw with {'beta': 0.9} cannot be made (",
+        ),
+        (
+            f"[{{{THAW}, train: all, optimizer_args: {{betas: [0.9, 2]}}}}]",
+            "cannot be made (Invalid beta parameter at index 1: 2)",
+        ),
+        (f"[{{{THAW}, train: all, optimizer_args: {{lr: 0.9}}}}]", "optimizer_args.lr stands in a field of its own"),
+        (f"[{{{THAW}, train: all, label_smoothing: 1}}]", "label_smoothing 1.0 is outside [0, 1)"),
+        (f"[{{{THAW}, train: all, global_batch: 4, accumulate: 5}}]", "accumulate 5 is over global_batch 4"),
+        (f"[{{{THAW}, train: all}}, {{{THAW}, train: all}}]", "two phases have one name"),
+    ],
+)
+def test_a_fault_of_the_schedule_is_told_before_anything_is_loaded(
+    manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str], phases: str, sentence: str
+) -> None:
+    """The weights do not exist, so any attempt to load them would be told in the place of the fault."""
+    config = tiny_config(manifest, tmp_path / "runs")
+    if "restore_best" in phases:
+        config = replace(config, data=replace(config.data, val=None))
+    error = told(config, tmp_path, capsys, "--model.weights", "file:nowhere.pth", "--phases", phases)
+    assert sentence in error and "nowhere" not in error
+    assert not (tmp_path / "runs").exists()
+
+
 def told(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], *changes: str) -> str:
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
@@ -72,7 +123,7 @@ def test_a_metric_that_is_not_a_number_names_no_best_epoch(tmp_path: Path, capsy
     config = tiny_config(data, tmp_path / "runs")
     one_class = replace(config, data=replace(config.data, test=None))
     error = told(one_class, tmp_path, capsys, "--monitor", "val/auroc")
-    assert "val/auroc is nan after epoch 0 of phase 'head'" in error
+    assert "val/auroc is nan after step 1 of phase 'head'" in error
     assert "monitor val/loss" in error
 
 

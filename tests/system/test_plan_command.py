@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import socket
@@ -18,14 +19,48 @@ from lit_transfer.launch import main
 from lit_transfer.model.backbone import build_backbone
 from lit_transfer.model.heads import build_head
 from lit_transfer.model.network import Network
-from lit_transfer.phases.table import cut_of, expand
+from lit_transfer.phases.presets import PRESETS, expand
 from lit_transfer.reading import load, parse
-from lit_transfer.recipe import Phase
+from lit_transfer.recipe import Model
+from lit_transfer.schedule import Phase
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted(CONFIGS.glob("*.yaml"))
 PACKS = sorted(CONFIGS.glob("data/*.yaml"))
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
+
+
+PRESET_SETTINGS = {
+    "freeze_thaw": "thaw_from: blocks.3",
+    "first_k_frozen": "k: 2",
+    "fastai": "epochs: 3",
+    "surgical": "stage: blocks.1",
+}
+"""What presets cannot do without, for `timm/test_efficientnet`."""
+SMALL = {
+    "name": "small",
+    "data": {"train": {"manifest": "nowhere", "split": "train"}, "val": {"manifest": "nowhere", "split": "val"}},
+    "model": {"backbone": "timm/test_efficientnet", "weights": "none"},
+    "phases": {"preset": "linear_probe"},
+    "trainer": {"accelerator": "cpu"},
+}
+
+
+@functools.cache
+def stages_of(backbone: str) -> tuple[str, ...]:
+    return build_backbone(Model(backbone=backbone, weights="none"), device="meta", load_weights=False).stage_names
+
+
+def phases_of(config: Config, samples: int = 1000) -> list[Phase]:
+    return expand(config, stages_of(config.model.backbone), samples)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[str]:
+    """Arguments for a small network."""
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return ["--config", str(path), "--samples", "5000"]
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +108,7 @@ def test_every_run_config_is_planned(path: Path, capsys: pytest.CaptureFixture[s
     assert path.read_text().startswith("# "), "a config begins with its lab note"
     text = planned(capsys, "--config", str(path), "--samples", "1000", "--classes", "5")
     config: Config = load(path)
-    phases = expand(config)
+    phases = phases_of(config)
     assert [row["phase"] for row in cells(text, "Phases")] == [phase.name for phase in phases]
     assert [row["phase"] for row in cells(text, "Memory")] == [phase.name for phase in phases]
     assert f"{config.data.train.manifest} is not there yet" in text and "5 classes" in text
@@ -86,12 +121,81 @@ def test_the_expanded_phases_can_be_pasted_into_the_config(
 ) -> None:
     config: Config = load(path)
     text = planned(capsys, "--config", str(path), "--expand")
-    assert [parse(Phase, row) for row in yaml.safe_load(text)] == expand(config)
+    assert [parse(Phase, row) for row in yaml.safe_load(text)] == phases_of(config)
     plain = yaml.safe_load(path.read_text())
     del plain["phases"]
     (tmp_path / "pasted.yaml").write_text(yaml.safe_dump(plain) + "phases:\n" + text)
     pasted: Config = load(tmp_path / "pasted.yaml")
-    assert pasted.phases == expand(config)
+    assert pasted.phases == phases_of(config)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_expanded_and_planned(
+    preset: str, small: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    chosen = f"--phases={{preset: {preset}, {PRESET_SETTINGS.get(preset, '')}}}"
+    text = planned(capsys, *small, chosen, "--expand")
+    config: Config = load(tmp_path / "small.yaml", [chosen])
+    phases = phases_of(config, 5000)
+    assert [parse(Phase, row) for row in yaml.safe_load(text)] == phases
+    short = planned(capsys, *small, chosen)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL | {"phases": yaml.safe_load(text)}, sort_keys=False))
+    assert planned(capsys, *small) == short, "the list is the preset"
+    assert max(map(len, short.splitlines())) <= 100
+    assert [row["phase"] for row in cells(short, "Phases")] == [phase.name for phase in phases]
+
+
+def test_more_phases_than_fit_beside_each_other_stand_below_each_other(
+    small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    phases = [{"name": f"a_long_name_of_phase_{i}", "max_steps": 1, "lr": 0.5 + i} for i in range(5)]
+    text = planned(capsys, *small, "--phases", yaml.safe_dump(phases, default_flow_style=True, width=10_000))
+    block = next(block for block in text.split("\n\n") if block.startswith("Network"))
+    assert max(map(len, block.splitlines())) <= 100
+    heads = [line.split() for line in block.splitlines() if line.startswith("stage ")]
+    assert [len(head) for head in heads] == [5, 4]
+    assert [name for head in heads for name in head[2:]] == [phase["name"] for phase in phases]
+    rates = [line.split()[2:] for line in block.splitlines() if line.startswith("head ")]
+    assert rates == [["0.5", "1.5", "2.5"], ["3.5", "4.5"]]
+
+
+def test_what_patterns_train_at_which_rate(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    phases = (
+        "[{name: own, max_steps: 9, train: {params: {stem/*: 1.0e-3, head/*: 0.02}}},"
+        " {name: norms, max_epochs: 1, train: {params: [norms, head/*]}, lr: 0.1, backbone_lr: 0.01, layer_decay: 0.5}]"
+    )
+    text = planned(capsys, *small, "--phases", phases)
+    own, norms = cells(text, "Phases")
+    assert (own["trains"], own["head lr"], own["backbone lr"]) == ("stem/*, head/*", "0.02", "0.001")
+    assert (norms["trains"], norms["head lr"]) == ("norms, head/*", "0.1")
+    assert norms["backbone lr"] == f"{0.01 / 2**6:.3g} to 0.01", "seven stages"
+    stages = {row["stage"]: (row["own"], row["norms"]) for row in cells(text, "Network")}
+    assert stages["stem"] == ("0.001", f"{0.01 / 2**6:.3g} (part)")
+    assert stages["top"] == ("frozen", "0.01 (part)") and stages["head"] == ("0.02", "0.1")
+
+
+def test_what_ends_a_phase_and_what_else_it_sets(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    phases = (
+        "[{name: plain, max_epochs: 3, lr: 0.1},"
+        " {name: a, max_steps: 90, max_minutes: 3, lr: 0.1, until: {metric: val/loss, below: 0.25}},"
+        " {name: b, max_epochs: 3, lr: 0.1, until: {metric: val/accuracy, above: 0.9}, validate_every_steps: 7},"
+        " {name: c, max_epochs: 3, lr: 0.1, until: {metric: val/loss, patience: 2, min_delta: 0.1}, restore_best: true,"
+        " optimizer_args: {betas: [0.9, 0.99]}, ema_decay: 0.999, mixup: 0.2, norm: batch},"
+        " {name: d, max_epochs: 3, lr: 0.1, accumulate: 4, compile: true}]"
+    )
+    lines = planned(capsys, *small, "--phases", phases).replace("\n  ", " ").splitlines()
+    for expected in (
+        "a ends after 90 steps or 3 minutes or val/loss below 0.25",
+        "b ends after val/accuracy above 0.9, is validated every 7 steps",
+        "c ends after 2 validations without a better val/loss by 0.1, goes back to the best val/loss at its end",
+        "also in c: optimizer_args: betas 0.9 0.99; mixup 0.2; ema_decay 0.999; BatchNorm uses and updates "
+        "the statistics of the batch",
+        "also in d: accumulate 4; compile",
+    ):
+        assert expected in lines
+    assert not [line for line in lines if line.startswith(("plain ends", "d ends", "also in plain", "also in a"))]
+    told = cells(planned(capsys, *small, "--phases", phases), "Batches")
+    assert [row["rows/rank"] for row in told] == ["64", "64", "64", "64", "16"]
 
 
 def test_a_zero_is_written_out_where_it_is_not_the_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,17 +204,18 @@ def test_a_zero_is_written_out_where_it_is_not_the_default(capsys: pytest.Captur
 
 
 def test_the_facts_of_the_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
-    head, thaw = expand(load(QUICKSTART))
+    head, thaw = phases_of(load(QUICKSTART))
     text = planned(capsys, "--config", QUICKSTART, "--samples", "1706", "--trainer.devices", "2")
     stages = {row["stage"]: row for row in cells(text, "Network")}
     assert list(stages) == ["stem", *(f"blocks.{i}" for i in range(7)), "top", "head"]
     assert stages["stem"]["parameters"] == str(3 * 32 * 9 + 2 * 32)
     assert stages["top"]["parameters"] == f"{320 * 1280 + 2 * 1280:,}"
     assert stages["head"]["parameters"] == f"{1280 * 2 + 2:,}"
-    assert {row["lr in head"] for name, row in stages.items() if name != "head"} == {"frozen"}
-    assert stages["head"]["lr in head"] == f"{head.lr:g}" and stages["head"]["lr in thaw"] == f"{thaw.lr:g}"
-    cut = list(stages).index(cut_of(thaw))
-    rates = [row["lr in thaw"] for row in list(stages.values())[:-1]]
+    assert {row["head"] for name, row in stages.items() if name != "head"} == {"frozen"}
+    assert stages["head"]["head"] == f"{head.lr:g}" and stages["head"]["thaw"] == f"{thaw.lr:g}"
+    assert isinstance(thaw.train, dict)
+    cut = list(stages).index(thaw.train["from"])
+    rates = [row["thaw"] for row in list(stages.values())[:-1]]
     assert rates == ["frozen"] * cut + [f"{thaw.backbone_lr:g}"] * (len(rates) - cut)
 
     trained = [int(row["parameters"].replace(",", "")) for row in cells(text, "Phases")]
@@ -122,9 +227,9 @@ def test_the_facts_of_the_quickstart(capsys: pytest.CaptureFixture[str]) -> None
         assert int(row["rows/rank"]) * 2 == int(row["global batch"]) == phase.global_batch
         assert int(row["last batch"]) == 1706 - (steps - 1) * phase.global_batch
         assert (int(row["steps/epoch"]), int(row["epochs"])) == (steps, phase.max_epochs)
-        assert int(row["steps"].replace(",", "")) == steps * phase.max_epochs
+        assert int(row["steps"].replace(",", "")) == steps * (phase.max_epochs or 0)
         assert int(row["warm-up"]) == phase.warmup_steps
-    assert "2 ranks" in text and "then back to the best val/auroc" in text
+    assert "2 ranks" in text and "goes back to the best val/auroc at its end" in text
 
     memory = cells(text, "Memory")
     assert float(memory[1]["optimizer"]) == pytest.approx(8 * trained[1] / 2**20, abs=0.1)
@@ -191,10 +296,11 @@ def test_a_fault_is_one_sentence(arguments: list[str], message: str, capsys: pyt
 
 def test_the_flower_recipe_freezes_three_convolutions_and_trains_the_rest() -> None:
     config: Config = load(CONFIGS / "vgg16_flowers.yaml")
-    (phase,) = expand(config)
+    (phase,) = phases_of(config)
     backbone = build_backbone(config.model, image_size=config.image.size, device="meta", load_weights=False)
     network = Network(backbone, build_head(config.model.head, backbone.features, 17, seed=0).to("meta"))
-    network.set_cut(cut_of(phase), phase.norm)
+    assert isinstance(phase.train, dict)
+    network.set_cut(phase.train["from"], phase.norm)
     convolutions = {name for name, m in backbone.net.named_modules() if isinstance(m, torch.nn.Conv2d)}
     frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
     first = ["features.0", "features.2", "features.5"]  # conv1_1, conv1_2, conv2_1

@@ -12,7 +12,7 @@ from lit_transfer.config import Augment, Image
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.module import DRAWS
 from lit_transfer.data.plan import uniforms
-from lit_transfer.model.augment import affine, colours, eval_input, settle_image, train_input
+from lit_transfer.model.augment import affine, colours, eval_input, mix, scaled, settle_image, train_input
 
 PLAIN = Preprocessing(
     size=32, canvas=32, fit="crop", interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
@@ -216,3 +216,61 @@ def test_an_augmented_centre_is_not_blurred() -> None:
     canvas = canvases(1, preprocessing.canvas)
     images = train_input(canvas, drawn(1, u0=0.9), Augment(flip_h=0.5), preprocessing)
     assert torch.allclose(images, eval_input(canvas, preprocessing), atol=1e-4)
+
+
+def test_strength_scales_ranges_and_probabilities_up_to_their_ends() -> None:
+    assert scaled(EVERYTHING, 1.0) == EVERYTHING
+    assert scaled(EVERYTHING, 0.0) == Augment()
+    half = scaled(EVERYTHING, 0.5)
+    assert (half.flip_h, half.rotate_degrees, half.shift, half.crop_area, half.quarter_turns) == (
+        *(0.25, 15, 0.1, 0.75),
+        True,
+    )
+    most = scaled(EVERYTHING, 100.0)
+    assert (most.flip_h, most.rotate_degrees, most.zoom, most.brightness) == (1.0, 180.0, 0.99, 1.0)
+    assert 0 < most.crop_area < 0.05
+
+
+def test_mixup_is_the_convex_sum_with_the_picture_before() -> None:
+    images = torch.rand(5, 3, 8, 8)
+    torch.manual_seed(3)
+    mixed, own = mix(images, 0.4, 0.0)
+    assert 0 < own < 1
+    for i in range(5):
+        assert torch.allclose(mixed[i], own * images[i] + (1 - own) * images[i - 1], atol=1e-6)
+
+
+def test_the_share_is_drawn_from_a_beta_distribution() -> None:
+    """Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1))."""
+    torch.manual_seed(0)
+    images, alpha = torch.zeros(2, 3, 4, 4), 0.3
+    shares = torch.tensor([mix(images, alpha, 0.0)[1] for _ in range(4000)])
+    assert float(shares.mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(shares.var()) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.05)
+
+
+def test_cutmix_pastes_one_box_and_the_share_is_what_is_left() -> None:
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 20, 30)
+    kept = images.clone()
+    areas = []
+    for seed in range(300):
+        torch.manual_seed(seed)
+        mixed, own = mix(images, 0.0, 1.0)
+        pasted = mixed[1, 0] == 0
+        assert torch.equal(mixed[:, 1], mixed[:, 2]) and ((mixed == images) | (mixed == images.roll(1, 0))).all()
+        assert all(torch.equal(mixed[i, 0] != i, pasted) for i in range(4)), "the same box in every picture"
+        rows, columns = pasted.any(1).nonzero(), pasted.any(0).nonzero()
+        assert pasted.sum() == (0 if not len(rows) else (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1))
+        assert own == pytest.approx(1 - float(pasted.sum()) / 600)
+        areas.append(1 - own)
+    assert torch.equal(images, kept), "what is handed over is not changed"
+    # Uniform shares (alpha 1) of boxes with uniform centres: of a side s, 1 - s / 4 lies inside on average.
+    share = np.linspace(0, 1, 1001)
+    assert np.mean(areas) == pytest.approx(np.mean((np.sqrt(share) * (1 - np.sqrt(share) / 4)) ** 2), abs=0.04)
+
+
+def test_with_both_each_step_takes_one_of_the_two() -> None:
+    images = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    torch.manual_seed(0)
+    cut = [bool(((mixed == 0) | (mixed == 1)).all()) for mixed, _ in (mix(images, 1.0, 1.0) for _ in range(400))]
+    assert 0.4 < np.mean(cut) < 0.6

@@ -79,6 +79,21 @@ def test_mixed_precision_is_estimated_within_an_eighth(name: str, size: int, cut
     assert memory.saved == pytest.approx(kept_on_cpu(real, size, autocast=True), rel=0.125)
 
 
+@pytest.mark.parametrize("cut", ["layer3", "all"])
+def test_gradient_checkpointing_saves_what_it_saves_on_the_cpu(cut: str) -> None:
+    """The inputs of trained stages: far less than all that is in them."""
+    shapes, real = (network_on(device, "torchvision/resnet18") for device in ("meta", "cpu"))
+    for network in (shapes, real):
+        first = network.backbone.cut_index(cut)
+        stages = {"head", *network.backbone.stage_names[first:]}
+        names = [p.name for p in network.layout().parameters if p.stage in stages]
+        network.set_trained(names, grad_checkpointing=True)
+    estimate = saved_bytes(shapes.train(), images_on_meta())
+    assert estimate == pytest.approx(kept_on_cpu(real, SIZE), rel=0.01)
+    shapes.set_cut(cut)
+    assert estimate < 0.5 * saved_bytes(shapes.train(), images_on_meta())
+
+
 def test_the_frozen_prefix_needs_its_largest_layer() -> None:
     network = network_on("meta", "torchvision/resnet18")
     network.set_cut("layer3")

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
-from lit_transfer.data.plan import PADDING, rank_slice, share, shuffled, steps_per_epoch, uniforms
+from lit_transfer.data.plan import PADDING, share, shuffled, slice_of, step_rows, steps_per_epoch, uniforms
 
 ROWS = np.arange(100, 120, dtype=np.int64)
 
@@ -33,18 +35,23 @@ def test_pinned_so_that_runs_of_another_version_stay_comparable() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", range(1, 9))
+@pytest.mark.parametrize("parts", range(1, 4))
 @pytest.mark.parametrize("samples", [1, 7, 20])
-@pytest.mark.parametrize("batch", [1, 3, 4, 8, 20, 64])
-def test_ranks_together_see_each_row_once_in_the_order_of_one_rank(samples: int, batch: int, ranks: int) -> None:
+@pytest.mark.parametrize("batch", [3, 4, 8, 20, 64])
+def test_ranks_together_see_each_row_once_in_the_order_of_one_rank(
+    samples: int, batch: int, parts: int, ranks: int
+) -> None:
     order = shuffled(ROWS[:samples], "a", 0, 0)
     seen = []
     for step in range(steps_per_epoch(samples, batch)):
-        slices = [rank_slice(order, step, batch, rank, ranks) for rank in range(ranks)]
-        assert len({len(part) for part in slices}) == 1, "every rank computes as many rows"
-        assert len(slices[0]) == -(-len(order[step * batch : (step + 1) * batch]) // ranks)
+        rows = step_rows(order, step, batch)
+        assert rows.tolist() == order[step * batch : (step + 1) * batch].tolist()
+        slices = [slice_of(slice_of(rows, part, parts), rank, ranks) for part in range(parts) for rank in range(ranks)]
+        assert len({len(mine) for mine in slices}) == 1, "every rank computes as many rows of every part"
+        assert len(slices[0]) == math.ceil(math.ceil(len(rows) / parts) / ranks)
         seen += [row for row in np.concatenate(slices) if row != PADDING]
     assert seen == order.tolist()
-    assert len(rank_slice(order, steps_per_epoch(samples, batch), batch, 0, ranks)) == 0
+    assert len(step_rows(order, steps_per_epoch(samples, batch), batch)) == 0
 
 
 def test_a_fraction_is_rounded_and_keeps_at_least_one() -> None:
@@ -52,8 +59,10 @@ def test_a_fraction_is_rounded_and_keeps_at_least_one() -> None:
 
 
 def test_fewer_rows_than_ranks_pads_whole_ranks() -> None:
-    slices = [rank_slice(ROWS[:2], 0, 8, rank, 4).tolist() for rank in range(4)]
+    slices = [slice_of(ROWS[:2], rank, 4).tolist() for rank in range(4)]
     assert slices == [[100], [101], [PADDING], [PADDING]]
+    empty = slice_of(np.array([PADDING]), 1, 2)
+    assert empty.tolist() == [PADDING], "a part of padding alone is padding on every rank"
 
 
 def test_uniforms_are_uniform() -> None:

@@ -15,9 +15,10 @@ from lit_transfer.data.decode import Preprocessing, decode
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.data.module import (
     DRAWS,
+    EvalSampler,
     ImageData,
-    PlanSampler,
     SampleDataset,
+    TrainSampler,
     check_same_labels,
     loader,
     open_stream,
@@ -94,22 +95,33 @@ def test_streams_must_have_the_same_classes(dataset: Manifest, tmp_path: Path) -
         check_same_labels("data.val", numbers, None, "data.train", "multiclass", dataset.classes())
 
 
-def batches(data: ImageData, epoch: int = 0) -> list[dict[str, torch.Tensor]]:
-    batched = data.train_dataloader()
-    assert isinstance(batched.sampler, PlanSampler)
-    batched.sampler.set_epoch(epoch)
-    return list(batched)
+STEPS = 3
+"""Of an epoch: 13 labelled samples, 6 at a time."""
 
 
-def image_data(dataset: Manifest, **settings: Any) -> ImageData:
+def image_data(dataset: Manifest, steps: range = range(STEPS), **settings: Any) -> ImageData:
     streams = open_streams(Data(train=stream(dataset), val=stream(dataset, "val")), seed=0)
-    return ImageData(streams, SMALL, **{"seed": 5, "global_batch": 6, "first_epoch": 0, "workers": 0} | settings)
+    return ImageData(streams, SMALL, **{"seed": 5, "global_batch": 6, "workers": 0, "steps": steps} | settings)
+
+
+def epoch(number: int) -> range:
+    return range(number * STEPS, (number + 1) * STEPS)
+
+
+def batches(data: ImageData) -> list[dict[str, torch.Tensor]]:
+    return list(data.train_dataloader())
+
+
+def assert_same(some: list[dict[str, torch.Tensor]], others: list[dict[str, torch.Tensor]]) -> None:
+    for one, other in zip(some, others, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_batches_hold_what_the_plan_says(dataset: Manifest) -> None:
-    data = image_data(dataset)
+    data = image_data(dataset, epoch(2))
     samples = data.streams["train"]
-    got = batches(data, epoch=2)
+    got = batches(data)
     order = plan.shuffled(samples.rows, dataset.digest, 5, 2)
     assert torch.cat([batch["row"] for batch in got]).tolist() == order.tolist()
     assert [len(batch["row"]) for batch in got] == [6, 6, 1]
@@ -118,15 +130,68 @@ def test_batches_hold_what_the_plan_says(dataset: Manifest) -> None:
     assert got[0]["image"].dtype == torch.uint8 and np.array_equal(got[0]["image"].numpy(), images)
     assert got[0]["target"].tolist() == samples.targets[rows].tolist()
     assert got[0]["weight"].tolist() == samples.weights[rows].tolist()
-    assert got[0]["valid"].all()
+    assert got[0]["valid"].all() and [int(batch["entries"]) for batch in got] == [6, 6, 1]
     assert np.array_equal(got[0]["uniform"].numpy(), plan.uniforms(5, 2, np.array(rows), DRAWS))
 
 
 def test_a_phase_that_starts_later_goes_on_counting_epochs(dataset: Manifest) -> None:
-    later, whole = batches(image_data(dataset, first_epoch=3), epoch=1), batches(image_data(dataset), epoch=4)
-    assert all(torch.equal(a["row"], b["row"]) for a, b in zip(later, whole, strict=True))
-    assert all(torch.equal(a["uniform"], b["uniform"]) for a, b in zip(later, whole, strict=True))
-    assert not torch.equal(later[0]["row"], batches(image_data(dataset), epoch=1)[0]["row"])
+    later, whole = batches(image_data(dataset, epoch(1), first_epoch=3)), batches(image_data(dataset, epoch(4)))
+    assert_same(later, whole)
+    assert not torch.equal(later[0]["row"], batches(image_data(dataset, epoch(1)))[0]["row"])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_phase_may_go_on_from_any_step(dataset: Manifest, parts: int, ranks: int) -> None:
+    samples = open_stream(stream(dataset), None, seed=0)
+
+    def plan_of(rank: int, steps: range) -> list[plan.Batch]:
+        settings: dict[str, Any] = {"seed": 5, "global_batch": 6, "parts": parts, "first_epoch": 1}
+        sampler = TrainSampler(samples, steps=steps, rank=rank, ranks=ranks, **settings)
+        found = list(sampler)
+        assert len(found) == len(sampler) == len(steps) * parts
+        return found
+
+    whole = [plan_of(rank, range(8)) for rank in range(ranks)]
+    for start in range(9):
+        for rank in range(ranks):
+            tail = plan_of(rank, range(start, 8))
+            assert [(b.epoch, b.rows.tolist(), b.entries) for b in tail] == [
+                (b.epoch, b.rows.tolist(), b.entries) for b in whole[rank][start * parts :]
+            ]
+    for step in range(8):
+        epoch = 1 + step // STEPS
+        rows = plan.step_rows(plan.shuffled(samples.rows, dataset.digest, 5, epoch), step % STEPS, 6)
+        read = [whole[rank][step * parts + part] for part in range(parts) for rank in range(ranks)]
+        assert [row for batch in read for row in batch.rows if row != plan.PADDING] == rows.tolist()
+        assert {(batch.epoch, batch.entries) for batch in read} == {(epoch, len(rows))}
+
+
+def test_entries_count_labels_and_not_samples(tmp_path: Path) -> None:
+    lines = [f"{i}.png,1,{i % 2 if i % 3 else ''}," for i in range(6)] + ["6.png,0,1,1"]
+    source = table(tmp_path / "source", "path,a,b,c", lines)
+    settings: dict[str, Any] = {"task": "multilabel", "labels": ["a", "b", "c"], "splits": {"train": 1.0}}
+    samples = open_stream(stream(packed(source, tmp_path / "packed", workers=1, **settings)), None, seed=0)
+    assert samples.entries(samples.rows) == 6 + 4 + 3
+    for rank in range(2):
+        train = list(TrainSampler(samples, seed=0, global_batch=3, steps=range(3), parts=2, rank=rank, ranks=2))
+        assert [batch.entries for batch in train[::2]] == [batch.entries for batch in train[1::2]]
+        for batched in (train[::2], list(EvalSampler(samples, global_batch=3, rank=rank, ranks=2))):
+            assert sum(batch.entries for batch in batched) == 13, "of the whole step, whatever the part and the rank"
+
+
+def test_validation_is_cut_into_slices_of_ranks(dataset: Manifest) -> None:
+    samples = open_stream(stream(dataset), None, seed=0)
+    ranks = [list(EvalSampler(samples, global_batch=5, rank=rank, ranks=2)) for rank in (0, 1)]
+    assert [len(batched) for batched in ranks] == [3, 3]
+    read = [row for step in zip(*ranks, strict=True) for b in step for row in b.rows if row != plan.PADDING]
+    assert read == samples.rows.tolist()
+
+
+def test_a_batch_of_validation_is_as_large_as_a_part_of_a_step(dataset: Manifest) -> None:
+    data = image_data(dataset, parts=4)
+    assert {len(batch["row"]) for batch in data.eval_dataloader("train")} == {2, 1}
 
 
 def test_validation_sees_each_labelled_row_once_in_order_and_draws_nothing(dataset: Manifest) -> None:
@@ -138,14 +203,8 @@ def test_validation_sees_each_labelled_row_once_in_order_and_draws_nothing(datas
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_batches(dataset: Manifest, workers: int) -> None:
-    alone, many = image_data(dataset), image_data(dataset, workers=workers)
-    batched = many.train_dataloader()
-    assert isinstance(batched.sampler, PlanSampler)
-    for epoch in (0, 1):  # the same workers serve both
-        batched.sampler.set_epoch(epoch)
-        for ours, theirs in zip(batches(alone, epoch), batched, strict=True):
-            assert ours.keys() == theirs.keys()
-            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    alone, many = (image_data(dataset, range(1, 7), parts=2, workers=count) for count in (0, workers))
+    assert_same(batches(alone), batches(many))
 
 
 def test_a_padded_place_repeats_a_picture_and_is_not_valid(dataset: Manifest) -> None:
@@ -159,15 +218,14 @@ def test_a_padded_place_repeats_a_picture_and_is_not_valid(dataset: Manifest) ->
 
 def test_two_ranks_together_read_what_one_reads(dataset: Manifest) -> None:
     samples = open_stream(stream(dataset), None, seed=0)
-    parts = []
+    halves = []
     for rank in (0, 1):
-        sampler = PlanSampler(samples, global_batch=6, rank=rank, ranks=2, seed=5)
-        assert len(sampler) == 3
-        parts.append(list(loader(SampleDataset(samples, SMALL, 5), sampler, 0)))
-    whole = batches(image_data(dataset))
-    for one, left, right in zip(whole, *parts, strict=True):
-        both = {name: torch.cat([left[name], right[name]]) for name in one}
-        assert all(torch.equal(both[name][both["valid"]], one[name]) for name in one)
+        sampler = TrainSampler(samples, global_batch=6, rank=rank, ranks=2, seed=5, steps=range(STEPS))
+        halves.append(list(loader(SampleDataset(samples, SMALL, 5), sampler, 0)))
+    for one, left, right in zip(batches(image_data(dataset)), *halves, strict=True):
+        assert one["entries"] == left["entries"] == right["entries"]
+        both = {name: torch.cat([left[name], right[name]]) for name in one if name != "entries"}
+        assert all(torch.equal(both[name][both["valid"]], one[name]) for name in both)
 
 
 def test_the_reader_gives_the_bytes_that_were_packed_also_after_a_trip_to_a_worker(dataset: Manifest) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lit_transfer import tracking
 from lit_transfer.config import Config
@@ -41,10 +42,10 @@ def nobody_has_opened_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT, "null")
 
 
-def opened(settings: Config, fingerprint: dict[str, Any]) -> Run:
+def opened(settings: Config, fingerprint: dict[str, Any], **changes: Any) -> Run:
     """As another process would open it, which is handed nothing."""
     os.environ[ENVIRONMENT] = "null"
-    return open_run(settings, fingerprint, differences)
+    return open_run(settings, fingerprint, differences, **changes)
 
 
 def test_values_of_one_step_share_a_row_and_new_metrics_add_columns(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_other_settings_are_refused_with_the_differences(tmp_path: Path) -> None
         r"run holds a run with other settings \(seed: 0 -> 1; phases\[0\]\.lr: 0\.1 -> 0\.2\)",
         str(caught.value),
     )
-    assert "choose another name, or remove the directory" in str(caught.value)
+    assert "choose another name, remove the directory, or go on under the new ones with --allow-" in str(caught.value)
     assert (tmp_path / "run" / "run.json").read_bytes() == before
     assert load(tmp_path / "run" / "config.yaml").seed == 0
 
@@ -230,18 +231,79 @@ def test_wandb_is_offline_without_a_key(
     assert made["config"]["dataset_digest"] == "d1"
 
 
+def test_allowed_changes_take_the_place_of_the_settings_and_the_record_keeps_the_earlier_ones(tmp_path: Path) -> None:
+    first = opened(config(tmp_path), {"seed": 0, "lr": 0.1})
+    for seed in (1, 2):
+        run = opened(config(tmp_path, seed=seed), {"seed": seed, "lr": 0.1}, allow_changes=True)
+        assert run.resumed and run.id == first.id
+    record = json.loads((run.folder / "run.json").read_text())
+    assert record == run.record and record["fingerprint"] == {"seed": 2, "lr": 0.1}
+    assert [earlier["fingerprint"]["seed"] for earlier in record["earlier"]] == [0, 1]
+    assert [earlier["changes"] for earlier in record["earlier"]] == [["seed: 0 -> 1"], ["seed: 1 -> 2"]]
+    assert load(run.folder / "config.yaml").seed == 2
+    again = opened(config(tmp_path, seed=2), {"seed": 2, "lr": 0.1}, allow_changes=True)
+    assert again.record == run.record, "nothing has changed"
+    with pytest.raises(UserError, match="seed: 2 -> 0"):
+        opened(config(tmp_path), {"seed": 0, "lr": 0.1})
+
+
+def recorder(folder: Path, **settings: Any) -> Recorder:
+    """Of a phase behind 2 epochs and 11 steps; 10 samples, 4 a step, so 3 steps an epoch."""
+    usual = {"phase": "a", "first_epoch": 2, "first_step": 11, "samples": 10, "global_batch": 4, "log_every_steps": 100}
+    return Recorder(MetricsFile(folder / "metrics.csv"), None, **{**usual, **settings})
+
+
+def optimizer() -> torch.optim.Optimizer:
+    groups = [("stem/decay", 0.1), ("stem/no_decay", 0.1), ("head/decay", 0.5)]
+    return torch.optim.SGD([{"params": [torch.zeros(1)], "lr": lr, "name": name} for name, lr in groups])
+
+
+def test_a_step_is_a_row_every_so_many_steps_and_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    for every, steps in ((100, ["14", "17"]), (5, ["14", "15", "17"])):
+        folder = tmp_path / str(every)
+        folder.mkdir()
+        curve = recorder(folder, log_every_steps=every)
+        for step in range(1, 8):
+            curve.mark()
+            curve.batch_came()
+            curve.step_ended(step, step / 10, optimizer())
+        rows = read(folder / "metrics.csv")
+        assert [row["step"] for row in rows] == steps, "of the run"
+        assert rows[0]["train/loss"] == "0.3" and (rows[0]["lr/stem"], rows[0]["lr/head"]) == ("0.1", "0.5")
+        assert [row["epoch"] for row in rows] == ["2", *["3"] * (len(rows) - 1)]
+        assert curve.totals["images"] == 2 * 10 + 4
+
+
+def test_waiting_is_counted_for_every_part_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(tracking.time, "perf_counter", lambda: now[0])
+    curve = recorder(tmp_path, log_every_steps=1)
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    curve.mark()
+    for part in range(2):
+        passes(1)
+        curve.batch_came()
+        passes(3)
+        if part == 0:
+            curve.part_ended()
+    curve.step_ended(1, 0.5, optimizer())
+    passes(100)  # validation
+    with curve.saving():
+        passes(5)
+    curve.mark()
+    assert (curve.totals["train_seconds"], curve.totals["wait_seconds"]) == (8, 2)
+    assert curve.totals["checkpoint_seconds"] == 5 and curve.seconds == 113
+    (row,) = read(tmp_path / "metrics.csv")
+    assert float(row["images_per_s"]) == 4 / 8 and float(row["data_wait_share"]) == 2 / 8
+
+
 def test_a_resumed_phase_counts_the_whole_of_its_work(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {
-        "phase": "a",
-        "first_epoch": 0,
-        "first_step": 0,
-        "samples": 4,
-        "global_batch": 2,
-    }
-    first, second = (
-        Recorder(MetricsFile(tmp_path / "metrics.csv"), None, log_every_steps=1, **settings) for _ in range(2)
-    )
-    first.train_seconds, first.wait_seconds, first.images, first.seconds_before = 10.0, 2.0, 40, 30.0
-    second.load_state_dict(first.state_dict())
-    assert (second.train_seconds, second.wait_seconds, second.images) == (10.0, 2.0, 40)
+    first, second = recorder(tmp_path), recorder(tmp_path)
+    work = {"train_seconds": 10.0, "wait_seconds": 2.0, "images": 40.0}
+    first.totals |= work | {"seconds": 30.0}
+    second.go_on_from(first.state())
+    assert {key: second.totals[key] for key in work} == work
     assert 30 <= second.seconds < 40
