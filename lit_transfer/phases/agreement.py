@@ -42,6 +42,7 @@ def checksum(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()]).long()
-    places = torch.arange(len(bits), device=bits.device) * 2 + 1  # odd: no bit is lost in the product
+    # Odd, so that no bit is lost in the product, and large, so that small values reach the bits that are folded in.
+    places = (torch.arange(len(bits), device=bits.device) * 2 + 1) * -7046029254386353131
     mixed = bits * places
     return (mixed ^ (mixed >> 29)).sum()

@@ -68,16 +68,19 @@ class PhaseFiles:
         _write_weights(self._best(step), network)
 
     def read_best(self, step: int) -> dict[str, Tensor]:
-        """The best weights."""
-        weights: dict[str, Tensor] = load_file(self._best(step))
+        """The best weights; rank 0 may have finished the phase already, and given them their last name."""
+        try:
+            weights: dict[str, Tensor] = load_file(self._best(step))
+        except FileNotFoundError:
+            weights = load_file(self.folder / "best.safetensors")
         return weights
 
     def finish(self, network: nn.Module, result: PhaseResult, best_step: int | None) -> None:
-        """Write the final weights, then the mark that the phase is done."""
+        """Write the final weights, give the best ones their lasting name, and leave the mark that the phase is done."""
         _write_weights(self.folder / "final.safetensors", network)
-        write_json(self.folder / "done.json", asdict(result))
-        if best_step is not None:
+        if best_step is not None and self._best(best_step).is_file():  # else a killed process has renamed it
             self._best(best_step).replace(self.folder / "best.safetensors")
+        write_json(self.folder / "done.json", asdict(result))
 
     def result(self) -> PhaseResult | None:
         """What became of the phase; None if it is not done."""
