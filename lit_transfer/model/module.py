@@ -138,7 +138,8 @@ class TransferModule(pl.LightningModule):
                 raise
             raise UserError(
                 f"norm batch has {len(images)} sample(s) on a rank at step {self.first_step + self.global_step}, too "
-                "few for statistics; choose a global_batch that leaves more in an epoch's last step, or norm pretrained."
+                "few for statistics; choose a global_batch that leaves more in an epoch's last step, or norm "
+                "pretrained."
             ) from error
         total = self._loss_of(logits, batch, own).sum()
         self._agree(total, batch, part=batch_idx % self.parts)
