@@ -54,52 +54,62 @@ class Killer(pl.Callback):
         self._count("validation", trainer)
 
 
-def die_in(moment: str, phase: str, count: int) -> None:
-    """Arm the moments that lie in the files of a phase: half-written ones, and those between two of them."""
-    left = count
+def half_written(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data[: len(data) // 2])
+    die()
 
-    def half(path: Path, data: bytes) -> None:
+
+def die_in_last(phase: str, count: int) -> None:
+    """In the middle of the COUNT-th checkpoint of a phase."""
+    real, left = torch.save, count
+
+    def save(state: Any, path: Path) -> None:
         nonlocal left
-        left -= 1
-        path.write_bytes(data if left >= 0 else data[: len(data) // 2])
+        left -= path.parent.name == phase
+        if left >= 0:
+            return real(state, path)
+        buffer = io.BytesIO()
+        real(state, buffer)
+        return half_written(path, buffer.getvalue())
+
+    checkpoint.torch.save = save  # type: ignore[attr-defined]
+
+
+def die_in_best(phase: str, count: int) -> None:
+    """In the middle of the COUNT-th file of best weights of a phase."""
+    real, left = checkpoint._write_weights, count
+
+    def write(path: Path, network: torch.nn.Module) -> None:
+        nonlocal left
+        left -= path.parent.name == phase and path.name.startswith("best")
         if left < 0:
+            Path.write_bytes = half_written  # type: ignore[assignment,method-assign]
+        real(path, network)
+
+    checkpoint._write_weights = write
+
+
+def die_in_final(phase: str, count: int) -> None:
+    """The final weights of a phase are there, its mark is not."""
+    real = checkpoint.write_json
+    checkpoint.write_json = lambda path, value: die() if path.parent.name == phase else real(path, value)  # type: ignore[attr-defined]
+
+
+def die_between(phase: str, count: int) -> None:
+    """A phase is done, the next has not begun."""
+    real: Callable[..., None] = PhaseFiles.finish
+
+    def finish(self: PhaseFiles, *arguments: Any) -> None:
+        real(self, *arguments)
+        if self.folder.name == phase:
             die()
 
-    if moment == "last":
-        real_save = torch.save
+    PhaseFiles.finish = finish  # type: ignore[method-assign]
 
-        def save(state: Any, path: Path) -> None:
-            buffer = io.BytesIO()
-            real_save(state, buffer)
-            (half if path.parent.name == phase else Path.write_bytes)(path, buffer.getvalue())
 
-        checkpoint.torch.save = save  # type: ignore[attr-defined]
-    elif moment == "best":
-        real_write, real_bytes = checkpoint._write_weights, Path.write_bytes
-
-        def write(path: Path, network: torch.nn.Module) -> None:
-            if path.parent.name != phase or not path.name.startswith("best"):
-                return real_write(path, network)
-            nonlocal left
-            left -= 1
-            if left < 0:
-                Path.write_bytes = lambda self, data: (real_bytes(self, data[: len(data) // 2]), die())[0]  # type: ignore[assignment,method-assign,func-returns-value]
-            real_write(path, network)
-            return None
-
-        checkpoint._write_weights = write
-    elif moment == "final":  # the final weights are there, the mark is not
-        real_json = checkpoint.write_json
-        checkpoint.write_json = lambda path, value: die() if path.parent.name == phase else real_json(path, value)  # type: ignore[attr-defined]
-    elif moment == "between":
-        real_finish: Callable[..., None] = PhaseFiles.finish
-
-        def finish(self: PhaseFiles, *arguments: Any) -> None:
-            real_finish(self, *arguments)
-            if self.folder.name == phase:
-                die()
-
-        PhaseFiles.finish = finish  # type: ignore[method-assign]
+IN_FILES = {"last": die_in_last, "best": die_in_best, "final": die_in_final, "between": die_between}
+"""The moments that lie in the files of a phase; those of `Killer` lie in its batches."""
 
 
 def command(config: str, moment: list[Any] | None) -> int:
@@ -108,7 +118,8 @@ def command(config: str, moment: list[Any] | None) -> int:
     if child == 0:
         try:
             if moment:
-                die_in(*moment)
+                name, phase, count = moment
+                IN_FILES.get(name, lambda *_: None)(phase, count)
                 train.run_phases = partial(run_phases, callbacks=[Killer(*moment)])  # type: ignore[attr-defined]
             os._exit(train.main(["--config", config]))
         except BaseException:

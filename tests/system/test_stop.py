@@ -132,7 +132,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(
         assert status == 130, output
         assert "the same command continues" in output
         done = [int(count) for count in re.findall(rf"phase {phase} goes on from step (\d+) of", told)]
-        assert done and done[0] >= rows or f"phase {phase} ended" in output
+        assert (done and done[0] >= rows) or f"phase {phase} ended" in output
 
     for name in ("head", "thaw"):
         ours, theirs = (load_file(r / "checkpoints" / name / "final.safetensors") for r in (run, reference))
