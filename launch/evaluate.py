@@ -12,8 +12,8 @@ from pathlib import Path
 
 from lit_transfer.config import Config, Stream
 from lit_transfer.config import Trainer as TrainerConfig
-from lit_transfer.data.manifest import FILE_NAME
-from lit_transfer.data.module import Samples, check_same_labels, open_stream
+from lit_transfer.data.manifest import is_dataset
+from lit_transfer.data.module import Samples, check_same_labels, open_stream, shard_cache
 from lit_transfer.errors import UserError, require
 from lit_transfer.evaluation import Evaluation, check_column, predict_samples, write_report
 from lit_transfer.launch import run as run_verb
@@ -65,31 +65,34 @@ def open_own(run: Path, config: Config, stream: Stream, label: str | None) -> Sa
     """
     place, record = stream.manifest, run / "run.json"
     require(
-        (Path(place) / FILE_NAME).is_file(),
+        is_dataset(place),
         f"the run's dataset '{place}' is not here (a relative path counts from {Path.cwd()}); say where it is "
         "with --manifest DIR.",
     )
     require(record.is_file(), f"{record} does not exist, so the run's dataset is unknown; name one with --manifest.")
     known = json.loads(record.read_text())["fingerprint"]["data"]
-    digests = {named.manifest: known[name]["digest"] for name, named in streams_of(config).items()}
-    samples = open_stream(stream, label, config.seed)
+    named = next(name for name, own in streams_of(config).items() if own.manifest == place)
+    digest = known[named]["digest"]
+    samples = open_stream(stream, label, config.seed, shard_cache(config.data.cache))
     found = samples.manifest.digest
     require(
-        found == digests[place],
-        f"'{place}' is not the run's dataset any more: its digest is {found[:12]}, the run's {digests[place][:12]}; "
+        found == digest,
+        f"'{place}' is not the run's dataset any more: its digest is {found[:12]}, the run's {digest[:12]}; "
         f"pack it again as it was, or measure it as another dataset with --manifest {place}.",
     )
     return samples
 
 
-def evaluate(config: Config, model: portable.TransferModel, samples: Samples, batch: int) -> Evaluation:
-    """Measure a model on a stream; every rank must call it."""
+def evaluate(
+    config: Config, model: portable.TransferModel, samples: Samples, batch: int, run_dir: Path, stream: str
+) -> Evaluation:
+    """Measure a run's model on a stream; every rank must call it."""
     return Evaluation(
         task=model.task,
         names=model.display,
         threshold=model.threshold,
         samples=samples,
-        predictions=predict_samples(config, model.network, samples, model.preprocessing, batch),
+        predictions=predict_samples(config, model.network, samples, model.preprocessing, batch, run_dir, stream),
     )
 
 
@@ -114,11 +117,11 @@ def main(argv: Sequence[str]) -> int:
     if options.manifest is None:
         samples = open_own(options.run, config, stream, label)
     else:
-        samples = open_stream(stream, label, config.seed)
-    check_same_labels(stream.manifest, samples.manifest, label, "the run's model", model.task, model.classes)
+        samples = open_stream(stream, label, config.seed, shard_cache(config.data.cache))
+    check_same_labels(samples.manifest.name, samples.manifest, label, "the run's model", model.task, model.classes)
     if options.by is not None:
         check_column(samples, options.by)
-    evaluation = evaluate(config, model, samples, batch)
+    evaluation = evaluate(config, model, samples, batch, options.run, name)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return 0
     figures = {"run": model.info.provenance["run_id"], "split": stream.split} | evaluation.figures(options.by)

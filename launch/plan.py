@@ -11,14 +11,13 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import torch
 import yaml
 
 from lit_transfer.config import Config
 from lit_transfer.data.decode import Preprocessing
-from lit_transfer.data.manifest import FILE_NAME
+from lit_transfer.data.manifest import is_dataset
 from lit_transfer.data.module import Samples, open_streams
 from lit_transfer.data.plan import share
 from lit_transfer.errors import UserError, require
@@ -78,7 +77,7 @@ def expanded(config: Config, samples: int | None = None) -> str:
     stages: Sequence[str] = ()
     if not isinstance(config.phases, list):
         stages = build_backbone(config.model, device="meta", load_weights=False).stage_names
-        if (Path(config.data.train.manifest) / FILE_NAME).is_file():
+        if is_dataset(config.data.train.manifest):
             samples = len(open_streams(config.data, config.seed)["train"].rows)
         elif samples is not None:
             samples = share(samples, config.data.train.fraction)
@@ -116,7 +115,7 @@ def described(config: Config, samples: int | None = None, classes: int | None = 
 def read_dataset(config: Config, samples: int | None, classes: int | None) -> Dataset:
     """What the manifest says if there is one, else what is assumed."""
     place = config.data.train.manifest
-    if (Path(place) / FILE_NAME).is_file():
+    if is_dataset(place):
         streams = open_streams(config.data, config.seed)
         manifest = streams["train"].manifest
         names = manifest.classes(config.data.label)
@@ -161,7 +160,7 @@ def _planned(
 
 def _streams(streams: Mapping[str, Samples], display: Sequence[str]) -> str:
     rows = [
-        {"stream": name, "dataset": str(samples.manifest.path), "samples": len(samples.rows)}
+        {"stream": name, "dataset": samples.manifest.name, "samples": len(samples.rows)}
         | {"unlabelled, left out": samples.unlabelled}
         for name, samples in streams.items()
     ]

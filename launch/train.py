@@ -1,7 +1,8 @@
 """`lit-transfer train --config FILE [--section.key VALUE ...] [--allow-changed-plan]`: run the phases of a config.
 
-The same command continues a run that was stopped or killed, and prints the summary of one that is finished. A changed
-config is refused with the differences, unless --allow-changed-plan is given: finished phases then stay as they are.
+The same command continues a run that was stopped or killed, and prints the summary of one that is
+finished. A changed config is refused with the differences, unless --allow-changed-plan is given:
+finished phases then stay as they are.
 """
 
 from __future__ import annotations

@@ -22,12 +22,12 @@ class Stream:
     """A named stream of samples.
 
     Args:
-        manifest: folder that `lit-transfer prepare` wrote.
+        manifest: folder or address of a dataset that `lit-transfer prepare` made, or a list of them: one dataset.
         split: split of that dataset, such as `train`.
         fraction: share of the split to use, in (0, 1]; the same samples for the same dataset and seed.
     """
 
-    manifest: str
+    manifest: str | list[str]
     split: str
     fraction: float = 1.0
 
@@ -36,6 +36,49 @@ class Stream:
             0 < self.fraction <= 1,
             f"fraction {self.fraction} is outside (0, 1]; use 1.0 for the whole split.",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Where shards that lie on a server or in a bucket are kept on this machine. It changes no figure.
+
+    Args:
+        folder: on a local disk; runs and users may share it. null is `lit_transfer` in $XDG_CACHE_HOME or ~/.cache.
+        limit_gb: most that it may hold, in 10^9 bytes; what was used longest ago goes first. 0 keeps nothing.
+        timeout_s: seconds without a byte after which a connection is given up and tried again.
+    """
+
+    folder: str | None = None
+    limit_gb: float = 100.0
+    timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        require(self.limit_gb >= 0, f"data.cache.limit_gb {self.limit_gb} is negative; use 0 to keep nothing.")
+        require(self.timeout_s > 0, f"data.cache.timeout_s {self.timeout_s} is not positive; use 30 or so.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """Which samples an epoch of training has, and how they are mixed. It never depends on ranks, nodes or workers.
+
+    Args:
+        balance: `none` has each sample once an epoch; `classes` has every class as often; `weights` has samples in
+            proportion to the dataset's weight column, which the loss then leaves out.
+        block_shards: shards whose samples are mixed with each other; null mixes all.
+        partitions: parts of the dataset of which each global batch has equal shares; where nodes divide them, a node
+            reads its own part. They must divide global_batch.
+        last_batch: what becomes of an epoch's last batch where it is not full.
+    """
+
+    balance: Literal["none", "classes", "weights"] = "none"
+    block_shards: int | None = None
+    partitions: int = 1
+    last_batch: Literal["keep", "drop"] = "keep"
+
+    def __post_init__(self) -> None:
+        for name in ("block_shards", "partitions"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"data.order.{name} {value} is under 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +91,10 @@ class Data:
         test: what the final figures are computed on.
         label: label column to learn, where a multiclass, ordinal or regression dataset has several.
         workers: loader processes per rank; 0 decodes in the training process.
+        order: of the samples of an epoch of training.
+        max_bad_fraction: share of a stream's samples that may be damaged before the run stops; they are replaced in
+            training, left out of figures, and listed in the run's `quarantine.jsonl`.
+        cache: for shards that are not on this machine.
     """
 
     train: Stream
@@ -55,8 +102,15 @@ class Data:
     test: Stream | None = None
     label: str | None = None
     workers: int = 2
+    order: Order = field(default_factory=Order)
+    max_bad_fraction: float = 0.001
+    cache: Cache = field(default_factory=Cache)
 
     def __post_init__(self) -> None:
+        require(
+            0 <= self.max_bad_fraction < 1,
+            f"data.max_bad_fraction {self.max_bad_fraction} is outside [0, 1).",
+        )
         require(self.workers >= 0, f"data.workers {self.workers} is negative; use 0 or more.")
 
 
@@ -216,14 +270,14 @@ class Config:
     Args:
         name: the run directory is `runs_dir/name`.
         runs_dir: folder of all runs.
-        seed: of the order of samples, augmentation, the new head and dropout.
+        seed: of the order of samples, augmentation, mixup, dropout, and of weights that start random.
         data: streams of samples.
         image: from picture to network input.
         augment: random changes of training pictures.
         model: backbone, weights and head.
         objective: loss and decision.
         phases: a list of phases, or `{preset: NAME, ...}` with the preset's own settings.
-        monitor: validation metric that names the best epoch.
+        monitor: validation metric that names the best weights of a phase.
         trainer: ranks and precision.
         checkpoint: when what is needed to go on is saved.
         tracking: Weights & Biases.

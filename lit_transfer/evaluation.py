@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from lit_transfer.config import Config
 from lit_transfer.data.decode import Preprocessing, open_rgb
 from lit_transfer.data.module import Samples
 from lit_transfer.data.packing.names import natural_key
+from lit_transfer.data.quarantine import FILE_NAME as QUARANTINE
+from lit_transfer.data.quarantine import Quarantine
 from lit_transfer.data.store import ShardReader
 from lit_transfer.errors import nearest, require
 from lit_transfer.files import write_json
@@ -139,12 +142,18 @@ def check_column(samples: Samples, column: str) -> None:
 
 
 def predict_samples(
-    config: Config, network: Network, samples: Samples, preprocessing: Preprocessing, batch: int
+    config: Config, network: Network, samples: Samples, preprocessing: Preprocessing, batch: int, run: Path, stream: str
 ) -> Predictions:
     """What a network says of a stream in 32-bit precision, as the portable model computes it, on the config's ranks
-    and workers; every rank must call it.
+    and workers; every rank must call it. Damaged samples are left out, and listed in the run directory `run`.
     """
-    module = TransferModule(network, task=samples.manifest.task, preprocessing=preprocessing)
+    module = TransferModule(
+        network,
+        task=samples.manifest.task,
+        preprocessing=preprocessing,
+        quarantine=Quarantine(run / QUARANTINE, config.data.max_bad_fraction),
+        eval_stream=stream,
+    )
     trainer = replace(config.trainer, precision="32")
     return predict_stream(trainer, module, samples, global_batch=batch, workers=config.data.workers)
 
@@ -211,7 +220,9 @@ def _evaluate_splits(job: Job) -> dict[str, Evaluation]:
     assert isinstance(job.config.phases, list), "expanded"
     batch = job.config.phases[-1].global_batch
     said = {
-        split: predict_samples(job.config, job.network, job.streams[split], job.preprocessing, batch)
+        split: predict_samples(
+            job.config, job.network, job.streams[split], job.preprocessing, batch, job.run.folder, split
+        )
         for split in ("test", "val")
         if split in job.streams
     }
@@ -238,9 +249,11 @@ def _records(job: Job, results: Sequence[PhaseResult]) -> dict[str, Any]:
         for field in ("seconds", "images_per_s", "data_wait_share", "peak_memory_mib", "epochs", "steps"):
             values[f"{field}/{result.name}"] = getattr(result, field)
         values[f"ended/{result.name}"] = result.reason
+    damaged = Counter(entry["stream"] for entry in Quarantine(job.run.folder / QUARANTINE).entries())
     values["seconds/total"] = sum(result.seconds for result in results)
     return values | {
         **{f"samples/{split}": len(stream.rows) for split, stream in job.streams.items()},
+        **{f"damaged/{split}": damaged[split] for split in job.streams if damaged[split]},
         "dataset_digest": job.streams["train"].manifest.digest,
         "run_id": job.run.id,
         "commit": job.run.record["commit"],

@@ -87,8 +87,9 @@ class Phase:
         warmup_steps: steps of the linear part of warmup_cosine and step.
         clip_norm: largest norm of the whole gradient; larger ones are scaled down to it.
         augment_strength: times all ranges and probabilities of `augment`; 0 is no augmentation.
-        label_smoothing: in the place of the objective's, in this phase.
-        mixup: alpha of mixup (Zhang et al. 2018); 0 is none. With cutmix, each step takes one of the two.
+        label_smoothing: in the place of the objective's, in this phase, also in val/loss.
+        mixup: alpha of mixup (Zhang et al. 2018); 0 is none. With cutmix, each step takes one of the two. Samples of
+            one rank are mixed with each other, so the result depends on the ranks.
         cutmix: alpha of CutMix (Yun et al. 2019); 0 is none.
         ema_decay: of an exponential moving average of the trained weights, once a step; it is what is
             validated and what the phase ends with.

@@ -23,13 +23,12 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from lit_transfer.config import Config
-from lit_transfer.data.plan import steps_per_epoch
 from lit_transfer.errors import UserError
 from lit_transfer.files import replacing, write_json, write_text
 from lit_transfer.reading import to_plain, to_yaml
 
 ENVIRONMENT = "LIT_TRANSFER_RUN"
-"""Hands the run's record from the process that opened it to the ranks that it starts."""
+"""Tells the ranks that a process starts which run directory it has opened, and whether that was there before."""
 
 
 def commit() -> str | None:
@@ -94,9 +93,9 @@ def open_run(
     """
     folder = config.run_dir.absolute()
     handed = json.loads(os.environ.get(ENVIRONMENT, "null"))
-    if handed and handed["folder"] == str(folder):
-        return Run(folder, handed["record"], handed["resumed"])
     path = folder / "run.json"
+    if handed and handed["folder"] == str(folder):
+        return Run(folder, json.loads(path.read_text()), handed["resumed"])
     resumed = path.is_file()
     if resumed:
         record = json.loads(path.read_text())
@@ -122,7 +121,7 @@ def open_run(
         }
         write_text(folder / "config.yaml", to_yaml(config))
         write_json(path, record)
-    os.environ[ENVIRONMENT] = json.dumps({"folder": str(folder), "record": record, "resumed": resumed})
+    os.environ[ENVIRONMENT] = json.dumps({"folder": str(folder), "resumed": resumed})
     return Run(folder, record, resumed)
 
 
@@ -220,7 +219,7 @@ class Recorder:
     Its totals are in the checkpoint, so a resumed phase counts the whole of its work.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - it is handed all that it uses, by name
         self,
         metrics: MetricsFile,
         logger: WandbLogger | None,
@@ -230,13 +229,14 @@ class Recorder:
         first_step: int,
         samples: int,
         global_batch: int,
+        steps_per_epoch: int,
         log_every_steps: int,
     ) -> None:
         self.metrics = metrics
         self.logger = logger
         self.phase = phase
         self.first_epoch, self.first_step = first_epoch, first_step
-        self.samples, self.global_batch = samples, global_batch
+        self.samples, self.global_batch, self.steps_per_epoch = samples, global_batch, steps_per_epoch
         self.log_every_steps = log_every_steps
         self.totals = dict.fromkeys(("seconds", "train_seconds", "wait_seconds", "checkpoint_seconds", "images"), 0.0)
         self._started = self._mark = self._waiting_since = time.perf_counter()
@@ -272,7 +272,7 @@ class Recorder:
     def step_ended(self, step: int, loss: float, optimizer: torch.optim.Optimizer) -> None:
         """Count the images of a step of the phase, counted from 1; a row every `log_every_steps` and epoch."""
         seconds = time.perf_counter() - self._mark
-        place = (step - 1) % steps_per_epoch(self.samples, self.global_batch)
+        place = (step - 1) % self.steps_per_epoch
         images = min(self.global_batch, self.samples - place * self.global_batch)
         self.totals["images"] += images
         self.totals["train_seconds"] += seconds
@@ -281,7 +281,7 @@ class Recorder:
             "seconds": self._window["seconds"] + seconds,
             "wait": self._window["wait"],
         }
-        last = (place + 1) * self.global_batch >= self.samples
+        last = place + 1 == self.steps_per_epoch
         if (self.first_step + step) % self.log_every_steps == 0 or last:
             rates = {f"lr/{g['name'].rpartition('/')[0]}": g["lr"] for g in optimizer.param_groups}
             speed = {
@@ -301,7 +301,7 @@ class Recorder:
     @rank_zero_only
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write values at a step of the phase; only rank 0 does."""
-        epoch = self.first_epoch + (step - 1) // steps_per_epoch(self.samples, self.global_batch)
+        epoch = self.first_epoch + (step - 1) // self.steps_per_epoch
         self.metrics.add(self.phase, epoch, self.first_step + step, values)
         if self.logger:
             self.logger.log_metrics(values | {"epoch": float(epoch)}, step=self.first_step + step)

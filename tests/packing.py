@@ -62,3 +62,12 @@ def contents(root: Path) -> dict[str, str]:
 
 def nothing_left(root: Path, *allowed: str) -> None:
     assert sorted(path.name for path in root.iterdir()) == sorted(allowed)
+
+
+def damage(manifest: Manifest, row: int) -> None:
+    """Flip a bit of a sample's image."""
+    place = manifest.table.slice(row, 1).to_pylist()[0]
+    shard = manifest.path / manifest.shards[place["shard"]].name
+    data = bytearray(shard.read_bytes())
+    data[place["offset"] + place["size"] // 2] ^= 4
+    shard.write_bytes(data)

@@ -1,17 +1,11 @@
-"""What a packed dataset is: task, labels, splits, shards, samples and one digest over all of it.
-
-One Arrow IPC file, `manifest.arrow`, beside the tar shards. The schema's metadata key `lit_transfer` holds
-the header as JSON; the table has one row per sample, in the order of the shards. Nothing is ever unpickled.
-"""
+"""A dataset as the rest of the house sees it: task, classes, splits, shards, samples, and one digest over all of it."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,78 +14,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lit_transfer.errors import UserError, nearest, require
-
-FORMAT = 1
-FILE_NAME = "manifest.arrow"
-TASKS = ("multiclass", "multilabel", "ordinal", "regression", "none")
-CLASS_TASKS = ("multiclass", "ordinal")
-
-SAMPLE_COLUMNS: dict[str, pa.DataType] = {
-    "key": pa.string(),
-    "split": pa.string(),
-    "group": pa.string(),
-    "weight": pa.float32(),
-    "source": pa.string(),
-    "shard": pa.int32(),
-    "offset": pa.int64(),
-    "size": pa.int64(),
-    "hash": pa.binary(32),
-    "width": pa.int32(),
-    "height": pa.int32(),
-}
-LABEL_TYPES: dict[str, pa.DataType] = {
-    "multiclass": pa.int32(),
-    "ordinal": pa.int32(),
-    "multilabel": pa.int8(),
-    "regression": pa.float32(),
-}
-_HEADER_KEY = b"lit_transfer"
-_DIGESTED = ("key", "hash", "split", "group", "weight")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Label:
-    """A label column.
-
-    Args:
-        name: of the column.
-        classes: class names by index; empty for multilabel and regression.
-        display: how people read the classes; for multilabel and regression one name, of the column.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    display: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """A tar file of the dataset: file name, split, content hash (hex), length in bytes, samples inside."""
-
-    name: str
-    split: str
-    sha256: str
-    bytes: int
-    samples: int
+from lit_transfer.data import reach
+from lit_transfer.data.cache import ShardCache
+from lit_transfer.data.schema import CLASS_TASKS, FILE_NAME, FORMAT, Label, Shard, read_file
+from lit_transfer.errors import nearest, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A packed dataset; `Manifest.open` reads one.
+    """A dataset: one that was packed or indexed, or several as one; `Manifest.open` reads it.
+
+    Pickled, it is where it lies and its digest, so that a worker maps the same file.
 
     Args:
-        path: folder of the dataset.
+        places: folders or addresses of the manifests.
         task: one of `TASKS`.
         labels: label columns; empty for task `none`.
         splits: samples per split.
-        shards: the tar files; the table's `shard` counts them from 0.
+        shards: the tar files; the table's `shard` counts them from 0, and its rows stand in their order.
         digest: identity of the content, hex.
         pack: the settings that it was packed with, and the counts of rejected and ignored files.
         table: a row per sample: `SAMPLE_COLUMNS`, `label.<name>` (null is missing), `meta.<name>` (text).
+        cache: holds what lies on another machine; without one a manifest from there is held in memory.
     """
 
-    path: Path
+    places: tuple[str, ...]
     task: str
     labels: tuple[Label, ...]
     splits: dict[str, int]
@@ -99,43 +46,72 @@ class Manifest:
     digest: str
     pack: dict[str, Any]
     table: pa.Table
+    cache: ShardCache | None = None
 
     @classmethod
-    def open(cls, path: str | Path) -> Manifest:
-        """Memory-map the manifest of a dataset folder and check that its shards are there.
+    def open(cls, path: str | Path | Sequence[str], cache: ShardCache | None = None) -> Manifest:
+        """Memory-map the manifest of a folder or address, or of several as one dataset, and look for its shards.
+
+        No row is read and the digest is taken as it stands (`prepare --verify` computes it anew); local shards must
+        have their length, remote ones show when they are read. Several datasets must have one task and the same
+        label columns and classes; keys may repeat between them.
 
         Raises:
-            UserError: no manifest, a foreign or damaged one, or a shard that is missing or has another size.
+            UserError: no manifest, a foreign or damaged one, a shard that is missing or has another size, or datasets
+                that do not go together.
         """
-        folder = Path(path)
-        file = folder / FILE_NAME
-        require(
-            file.is_file(),
-            f"'{folder}' holds no dataset ({FILE_NAME}); make one with `lit-transfer prepare`.",
-        )
-        table = _read_table(file)
-        header = _read_header(file, table)
-        manifest = cls(path=folder, table=table, **header)
-        manifest._check_columns()
-        for shard in manifest.shards:
-            tar = folder / shard.name
-            found = tar.stat().st_size if tar.is_file() else None
-            require(
-                found == shard.bytes,
-                f"shard '{tar}' "
-                + ("is missing" if found is None else f"has {found} bytes, not {shard.bytes}")
-                + "; copy the dataset again, or pack it anew.",
-            )
+        manifest = cls.read(path, cache)
+        manifest._check_shards()
         return manifest
+
+    @classmethod
+    def read(cls, path: str | Path | Sequence[str], cache: ShardCache | None = None) -> Manifest:
+        """`open` without a look for the shards."""
+        places = [str(path)] if isinstance(path, str | Path) else list(path)
+        require(bool(places), "manifest is an empty list; name a folder that `lit-transfer prepare` wrote.")
+        return _joined([_read(place, cache) for place in places])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.places, self.digest, self.cache)
+
+    @property
+    def name(self) -> str:
+        """Where the dataset lies, for people."""
+        return " + ".join(map(reach.shown, self.places))
+
+    @property
+    def path(self) -> Path:
+        """Folder of a dataset on this machine; of several, of the first."""
+        return Path(self.places[0])
+
+    def shard_address(self, index: int) -> str:
+        """Path or address of a shard."""
+        name = self.shards[index].name  # among several datasets already whole
+        return name if len(self.places) > 1 or reach.is_remote(name) else reach.join(self.places[0], name)
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Rows of a split, ascending; a `UserError` names the splits if there is none of that name."""
         require(
             split in self.splits,
-            f"dataset '{self.path}' has no split '{split}'; its splits are {', '.join(self.splits)}."
+            f"dataset '{self.name}' has no split '{split}'; its splits are {', '.join(self.splits)}."
             + nearest(split, list(self.splits)),
         )
-        return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy()).astype(np.int64)
+        ends = np.cumsum([shard.samples for shard in self.shards])
+        pairs = zip(self.shards, ends, strict=True)
+        return np.concatenate([np.arange(end - shard.samples, end) for shard, end in pairs if shard.split == split])
+
+    def class_counts(self, label: str | None = None) -> NDArray[np.int64]:
+        """The class histogram of each shard, int64 `[shards, classes + 1]`; the last column counts the missing.
+
+        Counted from the mapped column, which is quicker than any header could be read. For multilabel the classes are
+        0 and 1 of the label column named; regression has none.
+        """
+        assert self.task != "regression"
+        chosen = self._one(label)
+        kinds = (len(chosen.classes) or 2) + 1
+        values = self.table[f"label.{chosen.name}"].cast(pa.int64()).fill_null(kinds - 1).to_numpy()
+        shards = np.repeat(np.arange(len(self.shards)) * kinds, [shard.samples for shard in self.shards])
+        return np.bincount(shards + values, minlength=len(self.shards) * kinds).reshape(-1, kinds)
 
     def targets(self, label: str | None = None) -> NDArray[Any]:
         """What there is to learn, for all N rows.
@@ -174,121 +150,109 @@ class Manifest:
         names = ", ".join(label.name for label in self.labels)
         require(
             name is not None or len(self.labels) == 1,
-            f"dataset '{self.path}' has several labels ({names}); name one with data.label.",
+            f"dataset '{self.name}' has several labels ({names}); name one with data.label.",
         )
         return self._some(name)[0]
 
     def _some(self, name: str | None) -> tuple[Label, ...]:
         require(
             bool(self.labels),
-            f"dataset '{self.path}' has no labels; it can be predicted on, not learned from.",
+            f"dataset '{self.name}' has no labels; it can be predicted on, not learned from.",
         )
         names = [label.name for label in self.labels]
         require(
             name is None or name in names,
-            f"dataset '{self.path}' has no label '{name}'; it has {', '.join(names)}." + nearest(name or "", names),
+            f"dataset '{self.name}' has no label '{name}'; it has {', '.join(names)}." + nearest(name or "", names),
         )
         return tuple(label for label in self.labels if name in (None, label.name))
 
-    def _check_columns(self) -> None:
-        expected = {
-            **SAMPLE_COLUMNS,
-            **{f"label.{label.name}": LABEL_TYPES[self.task] for label in self.labels},
-        }
-        found = {field.name: field.type for field in self.table.schema}
-        for name, kind in expected.items():
+    def _check_shards(self) -> None:
+        for index, shard in enumerate(self.shards):
+            address = self.shard_address(index)
+            if reach.is_remote(address):
+                continue
+            tar = reach.local_path(address)
+            try:
+                found = tar.stat().st_size
+            except OSError:
+                found = None
             require(
-                found.get(name) == kind,
-                f"'{self.path / FILE_NAME}': column '{name}' "
-                + (f"is {found[name]}, not {kind}" if name in found else "is missing")
-                + "; pack the dataset anew.",
+                found == shard.bytes,
+                f"shard '{tar}' "
+                + ("is missing" if found is None else f"has {found} bytes, not {shard.bytes}")
+                + "; copy the dataset again, or pack it anew.",
             )
-        extra = [name for name in found if name not in expected and not name.startswith("meta.")]
-        require(not extra, f"'{self.path / FILE_NAME}': unknown column {', '.join(extra)}; pack the dataset anew.")
 
 
-def compute_digest(table: pa.Table, task: str, labels: Sequence[Label], shards: Sequence[Shard]) -> str:
-    """The dataset's identity: sha256, hex, over one JSON line each for header, labels, shards and samples.
-
-    It covers the format version, task, label names and classes, shard hashes, and every sample's key, picture
-    hash, split, group, weight and labels. Display names, metadata and sources are left out.
-    """
-    sha = hashlib.sha256()
-    for line in _canonical_lines(table, task, labels, shards):
-        sha.update(json.dumps(line, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
-    return sha.hexdigest()
+def is_dataset(path: str | Sequence[str]) -> bool:
+    """Whether there is a manifest at a folder, or at each of several; an address is taken to have one."""
+    places = [path] if isinstance(path, str) else path
+    return all(reach.is_remote(place) or (reach.local_path(place) / FILE_NAME).is_file() for place in places)
 
 
-def write_manifest(
-    folder: Path,
-    *,
-    task: str,
-    labels: Sequence[Label],
-    shards: Sequence[Shard],
-    table: pa.Table,
-    pack: Mapping[str, Any],
-) -> None:
-    """Write `manifest.arrow` into a folder that holds the shards, and flush it to the disk."""
-    splits: dict[str, int] = {}
-    for shard in shards:
-        splits[shard.split] = splits.get(shard.split, 0) + shard.samples
-    header = {
-        "format": FORMAT,
-        "task": task,
-        "labels": [dataclasses.asdict(label) for label in labels],
-        "splits": splits,
-        "shards": [dataclasses.asdict(shard) for shard in shards],
-        "digest": compute_digest(table, task, labels, shards),
-        "pack": dict(pack),
-    }
-    table = table.replace_schema_metadata({_HEADER_KEY: json.dumps(header, ensure_ascii=False).encode()})
-    with (folder / FILE_NAME).open("wb") as file:
-        with pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _canonical_lines(
-    table: pa.Table, task: str, labels: Sequence[Label], shards: Sequence[Shard]
-) -> Iterator[list[Any]]:
-    yield ["lit_transfer", FORMAT, task]
-    for label in labels:
-        yield ["label", label.name, *label.classes]
-    for shard in shards:
-        yield ["shard", shard.sha256]
-    columns = [*_DIGESTED, *(f"label.{label.name}" for label in labels)]
-    for batch in table.select(columns).to_batches(max_chunksize=8192):
-        for row in batch.to_pylist():
-            yield ["sample", *(value.hex() if isinstance(value, bytes) else value for value in row.values())]
-
-
-def _read_table(file: Path) -> pa.Table:
-    try:
-        with pa.memory_map(str(file)) as mapped:
-            return pa.ipc.open_file(mapped).read_all()
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"'{file}' is not a readable Arrow file ({reason}); pack the dataset anew.") from None
-
-
-def _read_header(file: Path, table: pa.Table) -> dict[str, Any]:
-    text = (table.schema.metadata or {}).get(_HEADER_KEY)
-    if text is None:
-        raise UserError(f"'{file}' was not written by lit_transfer; give a folder that `lit-transfer prepare` wrote.")
-    header = json.loads(text)
+def _read(place: str, cache: ShardCache | None) -> Manifest:
+    address = reach.join(place, FILE_NAME)
+    remote = reach.is_remote(address)
     require(
-        header.get("format") == FORMAT,
-        f"'{file}' has format {header.get('format')}, this version reads {FORMAT}; pack the dataset anew.",
+        remote or reach.local_path(address).is_file(),
+        f"'{place}' holds no dataset ({FILE_NAME}); make one with `lit-transfer prepare`.",
     )
-    return {
-        "task": header["task"],
-        "labels": tuple(
-            Label(name=label["name"], classes=tuple(label["classes"]), display=tuple(label["display"]))
-            for label in header["labels"]
-        ),
-        "splits": header["splits"],
-        "shards": tuple(Shard(**shard) for shard in header["shards"]),
-        "digest": header["digest"],
-        "pack": header["pack"],
-    }
+    file = reach.local_path(address) if not remote else cache and cache.fetch(address, sha256=None, bytes=None)
+    header, table = read_file(file or b"".join(reach.stream(address)), reach.shown(address))
+    return Manifest(places=(place,), table=table, cache=cache, **header)
+
+
+def _again(places: tuple[str, ...], digest: str, cache: ShardCache | None) -> Manifest:
+    manifest = Manifest.read(places, cache)
+    require(
+        manifest.digest == digest,
+        f"dataset '{manifest.name}' was replaced while it was in use; start again.",
+    )
+    return manifest
+
+
+def _joined(parts: Sequence[Manifest]) -> Manifest:
+    """Several datasets as one, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    for part in parts[1:]:
+        _check_alike(parts[0], part)
+    tables: list[pa.Table] = []
+    shards: list[Shard] = []
+    splits: dict[str, int] = {}
+    for part in parts:
+        numbers = pc.add(part.table["shard"], pa.scalar(len(shards), pa.int32()))
+        tables.append(part.table.set_column(part.table.column_names.index("shard"), "shard", numbers))
+        shards += [replace(shard, name=part.shard_address(i)) for i, shard in enumerate(part.shards)]
+        for split, samples in part.splits.items():
+            splits[split] = splits.get(split, 0) + samples
+    return Manifest(
+        places=tuple(part.places[0] for part in parts),
+        task=parts[0].task,
+        labels=parts[0].labels,
+        splits=splits,
+        shards=tuple(shards),
+        digest=joined_digest([part.digest for part in parts]),
+        pack={"parts": [part.pack for part in parts]},
+        table=pa.concat_tables(tables, promote_options="default"),  # metadata that a part lacks is null
+        cache=parts[0].cache,
+    )
+
+
+def joined_digest(digests: Sequence[str]) -> str:
+    """The identity of several datasets as one: sha256, hex, over one JSON line that names their digests in order."""
+    return hashlib.sha256(json.dumps(["lit_transfer", FORMAT, "joined", *digests]).encode() + b"\n").hexdigest()
+
+
+def _check_alike(first: Manifest, other: Manifest) -> None:
+    def check(what: str, ours: object, theirs: object) -> None:
+        require(
+            ours == theirs,
+            f"'{first.name}' and '{other.name}' cannot be one dataset: {what} {ours} and {theirs} differ; "
+            "pack them with the same task, labels and classes.",
+        )
+
+    check("the tasks", first.task, other.task)
+    check("the label columns", *([label.name for label in part.labels] for part in (first, other)))
+    for ours, theirs in zip(first.labels, other.labels, strict=True):
+        check(f"the classes of '{ours.name}',", list(ours.classes), list(theirs.classes))

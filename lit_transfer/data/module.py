@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lit_transfer.config import Data, Stream
+from lit_transfer.config import Cache, Data, Order, Stream
 from lit_transfer.data import plan
+from lit_transfer.data.cache import ShardCache, default_folder
 from lit_transfer.data.decode import DecodeError, Preprocessing, decode
 from lit_transfer.data.manifest import Manifest
+from lit_transfer.data.order import class_weights, epoch_rows
+from lit_transfer.data.quarantine import DamagedSample
 from lit_transfer.data.store import ShardReader
 from lit_transfer.errors import UserError, nearest, require
 
 DRAWS = 16
 """Random numbers per sample and epoch that a training batch carries for augmentation."""
+
+SUBSTITUTES = 10
+"""Samples that are tried in the place of a damaged one, itself included."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +45,18 @@ class Samples:
         manifest: the dataset.
         rows: manifest rows of the stream, [N], ascending.
         targets: of every manifest row: int64 [M] with -1 for missing, or float32 [M, K] with NaN for missing.
-        weights: of every manifest row, float32 [M].
         unlabelled: samples of the split that were left out because no label is known.
     """
 
     manifest: Manifest
     rows: plan.Rows
     targets: NDArray[Any]
-    weights: NDArray[np.float32]
     unlabelled: int
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """Of every manifest row, [M]; mapped, not held."""
+        return np.asarray(self.manifest.table["weight"].to_numpy())
 
     @property
     def labels(self) -> Tensor:
@@ -59,39 +69,49 @@ class Samples:
         return int(np.count_nonzero(targets >= 0 if targets.ndim == 1 else ~np.isnan(targets)))
 
 
-def open_stream(stream: Stream, label: str | None, seed: int) -> Samples:
-    """Open one stream of a config.
+def open_stream(stream: Stream, label: str | None, seed: int, cache: ShardCache | None = None) -> Samples:
+    """Open one stream of a config; `cache` holds what of it lies on another machine.
 
     Raises:
         UserError: the manifest, the split or the label column is missing, or no sample has a label.
     """
-    manifest = Manifest.open(stream.manifest)
+    manifest = Manifest.open(stream.manifest, cache)
     names = [known.name for known in manifest.labels]
-    require(bool(names), f"{stream.manifest} has no labels; training and evaluation need a labelled dataset.")
+    require(bool(names), f"{manifest.name} has no labels; training and evaluation need a labelled dataset.")
     require(
         label is None or label in names,
-        f"data.label '{label}' is not a label column of {stream.manifest}; it has {', '.join(names)}."
+        f"data.label '{label}' is not a label column of {manifest.name}; it has {', '.join(names)}."
         + nearest(label or "", names),
     )
     rows = manifest.rows(stream.split)
     targets = manifest.targets(label)
     known = targets[rows] >= 0 if targets.ndim == 1 else ~np.isnan(targets[rows]).all(axis=1)
     labelled = rows[known]
-    require(len(labelled) > 0, f"no sample of split '{stream.split}' of {stream.manifest} has a label.")
-    keep = plan.shuffled(labelled, manifest.digest, seed, "fraction")[: plan.share(len(labelled), stream.fraction)]
-    weights = manifest.table["weight"].to_numpy()
-    return Samples(manifest, np.sort(keep), targets, weights, len(rows) - len(labelled))
+    require(len(labelled) > 0, f"no sample of split '{stream.split}' of {manifest.name} has a label.")
+    if stream.fraction < 1:
+        order = plan.shuffled(labelled, manifest.digest, seed, "fraction")
+        labelled = np.sort(order[: plan.share(len(labelled), stream.fraction)])
+    return Samples(manifest, labelled, targets, len(rows) - int(known.sum()))
 
 
 def open_streams(data: Data, seed: int) -> dict[str, Samples]:
     """Open `train`, and `val` and `test` where given; all must have the task and classes of `train`."""
     named = {"train": data.train, "val": data.val, "test": data.test}
-    streams = {name: open_stream(stream, data.label, seed) for name, stream in named.items() if stream is not None}
+    cache = shard_cache(data.cache)
+    streams = {
+        name: open_stream(stream, data.label, seed, cache) for name, stream in named.items() if stream is not None
+    }
     train = streams["train"].manifest
     for name, samples in streams.items():
         manifest, classes = samples.manifest, train.classes(data.label)
         check_same_labels(f"data.{name}", manifest, data.label, "data.train", train.task, classes)
     return streams
+
+
+def shard_cache(settings: Cache) -> ShardCache:
+    """The cache that a config asks for."""
+    folder = default_folder() if settings.folder is None else Path(settings.folder)
+    return ShardCache(folder, limit_bytes=int(settings.limit_gb * 1e9), timeout_s=settings.timeout_s)
 
 
 def check_same_labels(
@@ -121,43 +141,74 @@ def check_same_labels(
     )
 
 
-class SampleDataset(Dataset[dict[str, Tensor]]):
+class SampleDataset(Dataset[dict[str, Any]]):
     """Decodes one `plan.Batch` at a time.
 
-    An item has `image` uint8 [B, 3, canvas, canvas], `target`, `weight` [B], `row` [B], `valid` [B]
-    (False where padded), `entries` (labelled ones of the whole step), and for training `uniform` [B, DRAWS]
-    for augmentation.
+    An item has `image` uint8 [B, 3, canvas, canvas], `target`, `weight` [B], `row` [B], `valid` [B] (False where
+    padded), `entries` (labelled ones of the whole step), `damaged` (what is known of each damaged sample), and for
+    training `epoch` and `uniform` [B, DRAWS] for augmentation. A damaged sample is replaced by another of the stream
+    in training, the same one wherever it is met in an epoch; elsewhere its place is padded.
     """
 
-    def __init__(self, samples: Samples, preprocessing: Preprocessing, augment_seed: int | None) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        preprocessing: Preprocessing,
+        augment_seed: int | None,
+        balance: str = "none",
+    ) -> None:
         self.samples = samples
         self.preprocessing = preprocessing
         self.augment_seed = augment_seed
+        self.balance = balance
         self.reader = ShardReader(samples.manifest)
 
-    def __getitem__(self, batch: plan.Batch) -> dict[str, Tensor]:
+    def __getitem__(self, batch: plan.Batch) -> dict[str, Any]:
         valid = batch.rows != plan.PADDING
         # A padded place repeats a picture: a black one would shift the statistics of `norm: batch`.
         rows = np.where(valid, batch.rows, (batch.rows[valid] if valid.any() else self.samples.rows)[0])
-        images = np.stack([self._decode(int(row)) for row in rows])
+        damaged: dict[int, dict[str, Any]] = {}
+        pictures = [self._picture(int(row), batch.epoch, damaged) for row in rows]
+        used = np.array([row for row, _ in pictures])
+        if self.augment_seed is None:
+            valid &= ~np.isin(rows, list(damaged))
         item = {
-            "image": torch.from_numpy(images),
-            "target": torch.from_numpy(self.samples.targets[rows]),
-            "weight": torch.from_numpy(self.samples.weights[rows]),
-            "row": torch.from_numpy(batch.rows),
+            "image": torch.from_numpy(np.stack([image for _, image in pictures])),
+            "target": torch.from_numpy(self.samples.targets[used]),
+            "weight": torch.from_numpy(self._weights(used)),
+            "row": torch.from_numpy(np.where(valid, rows, plan.PADDING)),
             "valid": torch.from_numpy(valid),
             "entries": torch.tensor(batch.entries),
+            "damaged": [damaged[row] for row in dict.fromkeys(batch.rows.tolist()) if row in damaged],
         }
         if self.augment_seed is not None:
+            item["epoch"] = torch.tensor(batch.epoch)
             item["uniform"] = torch.from_numpy(plan.uniforms(self.augment_seed, batch.epoch, rows, DRAWS))
         return item
 
-    def _decode(self, row: int) -> NDArray[np.uint8]:
-        try:
-            return decode(self.reader.read(row), self.preprocessing)
-        except DecodeError as error:
-            key = self.samples.manifest.table["key"][row].as_py()
-            raise UserError(f"sample {key} of {self.samples.manifest.path} cannot be decoded: {error}") from error
+    def _picture(self, row: int, epoch: int, damaged: dict[int, dict[str, Any]]) -> tuple[int, NDArray[np.uint8]]:
+        """A row's canvas, or that of the row that replaces it; what is damaged is added to `damaged`."""
+        for attempt in range(SUBSTITUTES):
+            used = row if attempt == 0 else plan.substitute(self.samples.rows, row, epoch, attempt)
+            try:
+                return used, decode(self.reader.read(used), self.preprocessing)
+            except (DamagedSample, DecodeError) as error:
+                if attempt == 0:
+                    damaged[row] = self._damage(row, error)
+        raise UserError(
+            f"{damaged[row]['address']}: sample {damaged[row]['key']} and {SUBSTITUTES - 1} others that could stand in "
+            "for it are damaged; run `lit-transfer prepare --verify` on the dataset."
+        )
+
+    def _damage(self, row: int, error: Exception) -> dict[str, Any]:
+        address, offset = self.reader.place(row)
+        reason = error.reason if isinstance(error, DamagedSample) else str(error)
+        key = self.samples.manifest.table["key"][row].as_py()
+        return {"key": key, "address": address, "offset": offset, "reason": reason}
+
+    def _weights(self, rows: plan.Rows) -> NDArray[np.float32]:
+        """Weights in the loss; ones where the rows are drawn by their weights already."""
+        return np.ones(len(rows), np.float32) if self.balance == "weights" else self.samples.weights[rows]
 
 
 class TrainSampler(Sampler[plan.Batch]):
@@ -167,20 +218,22 @@ class TrainSampler(Sampler[plan.Batch]):
         samples: what is trained on.
         seed: of the order.
         global_batch: samples of a step.
-        steps: of the phase, counted from 0; an epoch ends whenever all samples have been seen.
+        steps: of the phase, counted from 0; an epoch ends whenever all its samples have been seen.
+        order: of an epoch.
         parts: in which a step is computed, one batch each.
         first_epoch: epochs of earlier phases.
         rank: this one.
         ranks: of all nodes.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a pure function of all these
         self,
         samples: Samples,
         *,
         seed: int,
         global_batch: int,
         steps: range,
+        order: Order | None = None,
         parts: int = 1,
         first_epoch: int = 0,
         rank: int = 0,
@@ -190,6 +243,7 @@ class TrainSampler(Sampler[plan.Batch]):
         self.seed = seed
         self.global_batch = global_batch
         self.steps = steps
+        self.order = order or Order()
         self.parts = parts
         self.first_epoch = first_epoch
         self.rank, self.ranks = rank, ranks
@@ -198,19 +252,37 @@ class TrainSampler(Sampler[plan.Batch]):
         return len(self.steps) * self.parts
 
     def __iter__(self) -> Iterator[plan.Batch]:
-        per_epoch = plan.steps_per_epoch(len(self.samples.rows), self.global_batch)
-        order, shuffled_epoch = self.samples.rows, None
+        per_epoch = plan.steps_per_epoch(len(self.samples.rows), self.global_batch, self.order.last_batch)
+        order, order_epoch = self.samples.rows, None
         for phase_step in self.steps:
             phase_epoch, step = divmod(phase_step, per_epoch)
             epoch = self.first_epoch + phase_epoch
-            if epoch != shuffled_epoch:
-                order = plan.shuffled(self.samples.rows, self.samples.manifest.digest, self.seed, epoch)
-                shuffled_epoch = epoch
+            if epoch != order_epoch:
+                order, order_epoch = self.epoch_rows(epoch), epoch
             rows = plan.step_rows(order, step, self.global_batch)
             entries = self.samples.entries(rows)
             for part in range(self.parts):
                 mine = plan.slice_of(plan.slice_of(rows, part, self.parts), self.rank, self.ranks)
                 yield plan.Batch(epoch, mine, entries)
+
+    def epoch_rows(self, epoch: int) -> plan.Rows:
+        """The rows of an epoch of the run, in order: the plan, the same on every rank."""
+        samples = self.samples
+        weights = None
+        if self.order.balance == "classes":
+            weights = class_weights(samples.targets[samples.rows])
+        elif self.order.balance == "weights":
+            weights = samples.weights[samples.rows].astype(np.float64)
+        return epoch_rows(
+            samples.rows,
+            self.order,
+            shards=samples.manifest.table["shard"].to_numpy(),
+            weights=weights,
+            global_batch=self.global_batch,
+            digest=samples.manifest.digest,
+            seed=self.seed,
+            epoch=epoch,
+        )
 
 
 class EvalSampler(Sampler[plan.Batch]):
@@ -230,7 +302,7 @@ class EvalSampler(Sampler[plan.Batch]):
             yield plan.Batch(0, plan.slice_of(rows, self.rank, self.ranks), self.samples.entries(rows))
 
 
-def loader(dataset: SampleDataset, sampler: Sampler[plan.Batch], workers: int) -> DataLoader[dict[str, Tensor]]:
+def loader(dataset: SampleDataset, sampler: Sampler[plan.Batch], workers: int) -> DataLoader[dict[str, Any]]:
     """A loader of whole batches, in the sampler's order; `workers` processes, 0 decodes here."""
     return DataLoader(
         dataset,
@@ -275,9 +347,10 @@ class ImageData(pl.LightningDataModule):
         steps: of the phase that are still to come.
         parts: in which a step is computed.
         first_epoch: epochs of earlier phases.
+        order: of an epoch of training.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - it is handed all that it uses, by name
         self,
         streams: dict[str, Samples],
         preprocessing: Preprocessing,
@@ -288,6 +361,7 @@ class ImageData(pl.LightningDataModule):
         steps: range = range(0),
         parts: int = 1,
         first_epoch: int = 0,
+        order: Order | None = None,
     ) -> None:
         super().__init__()
         self.streams = streams
@@ -298,16 +372,18 @@ class ImageData(pl.LightningDataModule):
         self.steps = steps
         self.parts = parts
         self.first_epoch = first_epoch
+        self.order = order or Order()
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Shuffled batches of `train`; every rank must call it."""
-        dataset = SampleDataset(self.streams["train"], self.preprocessing, self.seed)
+        dataset = SampleDataset(self.streams["train"], self.preprocessing, self.seed, self.order.balance)
         rank, ranks = self._place()
         sampler = TrainSampler(
             self.streams["train"],
             seed=self.seed,
             global_batch=self.global_batch,
             steps=self.steps,
+            order=self.order,
             parts=self.parts,
             first_epoch=self.first_epoch,
             rank=rank,
@@ -315,11 +391,11 @@ class ImageData(pl.LightningDataModule):
         )
         return loader(dataset, sampler, self.workers)
 
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
+    def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[DataLoader[dict[str, Any]]]:
         """Batches of `val` in the order of the manifest, or none; every rank must call it."""
         return self.eval_dataloader("val") if "val" in self.streams else []
 
-    def eval_dataloader(self, stream: str) -> DataLoader[dict[str, Tensor]]:
+    def eval_dataloader(self, stream: str) -> DataLoader[dict[str, Any]]:
         """Every sample of a stream once, in the order of the manifest; every rank must call it."""
         dataset = SampleDataset(self.streams[stream], self.preprocessing, None)
         rank, ranks = self._place()

@@ -5,12 +5,13 @@ Nothing here knows of workers, and ranks only take slices, so placement never ch
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lit_transfer.data.order import words
 
 PADDING = -1
 """Row number of a padded place in a batch: it has no sample, and counts in no loss and no metric."""
@@ -34,11 +35,13 @@ class Batch:
 
 
 def shuffled(rows: Rows, digest: str, seed: int, epoch: int | str) -> Rows:
-    """The rows in the order of an epoch: a pure function of the dataset's digest, the seed and the epoch."""
-    key = hashlib.sha256(f"{digest}|{seed}|{epoch}".encode()).digest()
-    # Raw Philox words are the same in every NumPy; Generator.permutation promises that for no two versions.
-    words = np.random.Philox(key=np.frombuffer(key[:16], np.uint64)).random_raw(len(rows))
-    return rows[np.argsort(words, kind="stable")]
+    """The rows in random order: a pure function of the dataset's digest, the seed and the epoch."""
+    return rows[np.argsort(words(digest, seed, epoch, "", len(rows)), kind="stable")]
+
+
+def substitute(rows: Rows, row: int, epoch: int, attempt: int) -> int:
+    """The row that stands in for a damaged one in an epoch: a pure function, so the same on every rank."""
+    return int(rows[words(str(row), attempt, epoch, "substitute", 1)[0] % len(rows)])
 
 
 def share(samples: int, fraction: float) -> int:
@@ -46,9 +49,9 @@ def share(samples: int, fraction: float) -> int:
     return max(1, round(fraction * samples))
 
 
-def steps_per_epoch(samples: int, global_batch: int) -> int:
-    """Optimizer steps of one epoch; the last batch may be smaller."""
-    return math.ceil(samples / global_batch)
+def steps_per_epoch(samples: int, global_batch: int, last_batch: str = "keep") -> int:
+    """Steps of one epoch; a last batch that is not full is kept or dropped."""
+    return samples // global_batch if last_batch == "drop" else math.ceil(samples / global_batch)
 
 
 def step_rows(order: Rows, step: int, global_batch: int) -> Rows:

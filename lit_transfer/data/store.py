@@ -1,53 +1,88 @@
-"""The bytes of a shard: local files, read by offset and checked against the manifest."""
+"""The bytes of a sample: read by offset from local shards, cached ones or their address, and checked."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections import OrderedDict
+from typing import Any
 
+from lit_transfer.data import reach
+from lit_transfer.data.cache import OpenFile
 from lit_transfer.data.manifest import Manifest
-from lit_transfer.errors import UserError
+from lit_transfer.data.quarantine import DamagedSample
+
+OPEN_SHARDS = 64
+"""Shards that a reader holds open, those used last; a cached shard that is open is not evicted."""
 
 
 class ShardReader:
-    """Reads the image bytes of single samples. Opens each shard once a process; safe to hand to a worker."""
+    """Reads the image bytes of single samples. Safe to hand to a worker, started in whichever way.
+
+    Args:
+        manifest: what is where; its cache holds remote shards, without one each sample is read from its address.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         table = manifest.table
-        self._folder = manifest.path
-        self._shards = [shard.name for shard in manifest.shards]
+        self._manifest = manifest
+        self._cache = manifest.cache
         self._shard = table["shard"].to_numpy()
         self._offset = table["offset"].to_numpy()
         self._size = table["size"].to_numpy()
         self._hash = table["hash"]
-        self._open: dict[tuple[int, int], int] = {}
+        self._open: OrderedDict[int, OpenFile | None] = OrderedDict()
 
     def read(self, row: int) -> bytes:
         """The image member of a manifest row, as packed.
 
+        What is wrong in a cached shard, or came wrong over the network, is fetched once more.
+
         Raises:
-            UserError: the bytes are not those that were packed.
+            DamagedSample: the bytes are not those that were packed.
+            UserError: they cannot be reached.
         """
-        shard = int(self._shard[row])
-        size, offset = int(self._size[row]), int(self._offset[row])
-        data = os.pread(self._descriptor(shard), size, offset)
-        if hashlib.sha256(data).digest() != self._hash[row].as_py():
-            raise UserError(
-                f"{self._folder / self._shards[shard]}: the {size} bytes at {offset} (row {row}) are not "
-                "those that were packed; the shard was changed or damaged: run lit-transfer prepare again."
-            )
-        return data
+        shard, start, size = int(self._shard[row]), int(self._offset[row]), int(self._size[row])
+        address = self._manifest.shard_address(shard)
+        for _ in range(2 if reach.is_remote(address) else 1):
+            data = self._read(shard, start, start + size)
+            if hashlib.sha256(data).digest() == self._hash[row].as_py():
+                return data
+            self._discard(shard)
+        reason = f"its {size} bytes (row {row}) are not those that were packed"
+        raise DamagedSample(reach.shown(address), start, reason)
 
-    def _descriptor(self, shard: int) -> int:
-        place = (os.getpid(), shard)  # a forked worker opens its own
-        if place not in self._open:
-            self._open[place] = os.open(self._folder / self._shards[shard], os.O_RDONLY)
-        return self._open[place]
+    def place(self, row: int) -> tuple[str, int]:
+        """The address of a row's shard, fit to be shown, and the offset of its image there."""
+        return reach.shown(self._manifest.shard_address(int(self._shard[row]))), int(self._offset[row])
 
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_open": {}}
+    def _read(self, shard: int, start: int, stop: int) -> bytes:
+        file = self._opened(shard)
+        if file is not None:
+            return file.read(start, stop)
+        timeout_s = self._cache.timeout_s if self._cache else reach.TIMEOUT_S
+        return reach.read(self._manifest.shard_address(shard), start, stop, timeout_s=timeout_s)
 
-    def __del__(self) -> None:
-        for (pid, _), descriptor in self._open.items():
-            if pid == os.getpid():
-                os.close(descriptor)
+    def _opened(self, shard: int) -> OpenFile | None:
+        """The shard as a file; None where it is read from its address."""
+        if shard not in self._open:
+            while len(self._open) >= OPEN_SHARDS:
+                self._open.popitem(last=False)
+            self._open[shard] = self._find(shard)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def _find(self, shard: int) -> OpenFile | None:
+        address, packed = self._manifest.shard_address(shard), self._manifest.shards[shard]
+        if not reach.is_remote(address):
+            path = reach.local_path(address)
+            return OpenFile(path, os.open(path, os.O_RDONLY))
+        return self._cache.open(address, sha256=packed.sha256, bytes=packed.bytes) if self._cache else None
+
+    def _discard(self, shard: int) -> None:
+        file = self._open.pop(shard)
+        if self._cache and file is not None and reach.is_remote(self._manifest.shard_address(shard)):
+            self._cache.discard(file)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardReader, (self._manifest,)  # a worker maps the manifest, and opens its own files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -12,10 +13,12 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import SyncBatchNorm
 
 from lit_transfer.config import Augment
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.plan import PADDING
+from lit_transfer.data.quarantine import Quarantine
 from lit_transfer.errors import UserError
 from lit_transfer.model.augment import eval_input, mix, train_input
 from lit_transfer.model.network import Network, batch_norms
@@ -24,7 +27,7 @@ from lit_transfer.objectives.losses import loss_rows
 from lit_transfer.objectives.metrics import metrics
 from lit_transfer.recipe import Objective
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
 
 class LossNotFinite(UserError):
@@ -69,6 +72,8 @@ class TransferModule(pl.LightningModule):
         seed: of dropout, mixup and CutMix.
         first_step: optimizer steps of the run before this fit.
         requests: what this rank asks of all, such as a stop; `agreed` then says whether any rank did.
+        quarantine: where damaged samples are listed and counted.
+        eval_stream: name of the stream that is validated.
     """
 
     class_weights: Tensor | None
@@ -89,6 +94,8 @@ class TransferModule(pl.LightningModule):
         seed: int = 0,
         first_step: int = 0,
         requests: Callable[[], Sequence[bool]] = tuple,
+        quarantine: Quarantine | None = None,
+        eval_stream: str = "val",
     ) -> None:
         super().__init__()
         self.network = network
@@ -103,11 +110,14 @@ class TransferModule(pl.LightningModule):
         self.seed = seed
         self.first_step = first_step
         self.requests = requests
+        self.quarantine = quarantine or Quarantine()
+        self.eval_stream = eval_stream
         self.agreed: list[bool] = []
         self.train_loss = float("nan")
         self._loss_sum = 0.0
         self.predictions: Predictions | None = None
         self._eval_rows: list[dict[str, Tensor]] = []
+        self._eval_damaged = 0
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] -> logits [B, outputs]."""
@@ -144,19 +154,31 @@ class TransferModule(pl.LightningModule):
         total = self._loss_of(logits, batch, own).sum()
         self._agree(total, batch, part=batch_idx % self.parts)
         # Lightning divides by the parts of a step, DDP by the ranks.
-        return total * (self.parts * self.trainer.world_size) / batch["entries"].clamp(min=1).to(total)
+        loss: Tensor = total * (self.parts * self.trainer.world_size) / batch["entries"].clamp(min=1).to(total)
+        return loss
 
     def share_running_statistics(self) -> None:
         """Make the running statistics of `norm: batch` the same on every rank; every rank must call it."""
-        if self.network.norm != "batch" or self.trainer.world_size == 1:
+        norms = [
+            norm
+            for norm in batch_norms(self.network)
+            if norm.training and norm.running_mean is not None and not isinstance(norm, SyncBatchNorm)
+        ]
+        if self.network.norm != "batch" or self.trainer.world_size == 1 or not norms:
             return
-        for norm in batch_norms(self.network):
-            if norm.training and norm.running_mean is not None and norm.running_var is not None:
-                # The variance of the ranks' union: mean of E[x^2], less the square of the common mean.
-                square = norm.running_var + norm.running_mean**2
-                mean = self._all_reduce(norm.running_mean.clone()) / self.trainer.world_size
-                norm.running_var.copy_(self._all_reduce(square) / self.trainer.world_size - mean**2)
-                norm.running_mean.copy_(mean)
+        means, variances = (
+            torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var")
+        )
+        mean = self._all_reduce(means.clone()) / self.trainer.world_size
+        # The variance of the ranks' union: the mean of theirs, and that of their means about the common one.
+        variance = self._all_reduce(variances + (means - mean) ** 2) / self.trainer.world_size
+        sizes = [norm.num_features for norm in norms]
+        for norm, own_mean, own_variance in zip(
+            norms, torch.split(mean, sizes), torch.split(variance, sizes), strict=True
+        ):
+            assert norm.running_mean is not None and norm.running_var is not None
+            norm.running_mean.copy_(own_mean)
+            norm.running_var.copy_(own_variance)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep this rank's rows; padded ones are told apart by their row number."""
@@ -172,10 +194,12 @@ class TransferModule(pl.LightningModule):
             "count": counts,
         }
         self._eval_rows.append({name: tensor.detach().cpu() for name, tensor in kept.items()})
+        self.quarantine.add(self.eval_stream, batch["damaged"])
+        self._eval_damaged += len(batch["damaged"])
 
     def on_validation_epoch_start(self) -> None:
         """Forget the rows of the last validation."""
-        self._eval_rows = []
+        self._eval_rows, self._eval_damaged = [], 0
 
     def on_validation_epoch_end(self) -> None:
         """Gather all ranks' rows, set `predictions` and log `val/...`; every rank must call it."""
@@ -184,6 +208,10 @@ class TransferModule(pl.LightningModule):
         order = order[rows["row"][order] != PADDING]
         rows = {name: tensor[order] for name, tensor in rows.items()}
         self._eval_rows = []
+        damaged = int(self._all_reduce(torch.tensor(float(self._eval_damaged), device=self.device)))
+        samples = self._samples("val")
+        assert len(set(rows["row"].tolist())) == len(rows["row"]) == samples - damaged, "each is measured once"
+        self.quarantine.count(self.eval_stream, self.trainer.global_step, damaged, samples)
         self.predictions = Predictions(
             rows=rows["row"].numpy(),
             probabilities=probabilities(self.task, rows["logits"]),
@@ -209,9 +237,11 @@ class TransferModule(pl.LightningModule):
 
     def _agree(self, total: Tensor, batch: Batch, part: int) -> None:
         """Set `agreed` and `train_loss`, the same on every rank."""
-        asked = [float(asks) for asks in self.requests()]
-        shared = self._all_reduce(torch.cat([total.detach()[None], total.new_tensor(asked)]))
-        loss, *asks = shared.tolist()
+        self.quarantine.add("train", batch["damaged"])
+        told = [float(len(batch["damaged"])), *(float(asks) for asks in self.requests())]
+        shared = self._all_reduce(torch.cat([total.detach()[None], total.new_tensor(told)]))
+        loss, damaged, *asks = shared.tolist()
+        self.quarantine.count("train", int(batch["epoch"]), int(damaged), self._samples("train"))
         self.agreed = [value > 0 for value in asks]
         self._loss_sum = loss + (self._loss_sum if part else 0.0)
         if part == self.parts - 1:
@@ -221,6 +251,11 @@ class TransferModule(pl.LightningModule):
                 f"train/loss is {loss} at step {self.first_step + self.global_step}; lower the "
                 "phase's learning rates, or use trainer.precision 32."
             )
+
+    def _samples(self, stream: str) -> int:
+        """How many samples a stream of the data module has."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return len(data.streams[stream].rows)
 
     def _all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place where there are several."""

@@ -115,8 +115,8 @@ class Network(nn.Module):
             parameter.requires_grad_(name in trained)
             parameter.grad = None
         self.trained_parts = {p.stage for p in self.layout().parameters if p.name in trained}
-        frozen_before = (i for i, name in enumerate(self.backbone.stage_names) if name in self.trained_parts)
-        self.first_trained = next(frozen_before, len(self.backbone.stages))
+        trained_stages = (i for i, name in enumerate(self.backbone.stage_names) if name in self.trained_parts)
+        self.first_trained = next(trained_stages, len(self.backbone.stages))
         self.norm = norm
         self.grad_checkpointing = grad_checkpointing
         if compile or self._compiled:  # a frame for other trained parameters may be taken (pytorch/pytorch#139476)

@@ -20,6 +20,7 @@ class PhaseResult:
 
     Args:
         name: of the phase.
+        after: names of the phases before it, in order.
         epochs: epochs begun.
         steps: optimizer steps.
         seconds: wall clock, validation and checkpoints included, over all its restarts.
@@ -31,6 +32,7 @@ class PhaseResult:
     """
 
     name: str
+    after: list[str]
     epochs: int
     steps: int
     seconds: float

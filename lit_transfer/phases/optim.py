@@ -36,6 +36,12 @@ def build_optimizer(network: Network, plan: PhasePlan) -> torch.optim.Optimizer:
         raise UserError(
             f"phase '{phase.name}': optimizer {phase.optimizer} with {phase.optimizer_args} cannot be made ({error})."
         ) from error
+    unused = phase.weight_decay > 0 and "weight_decay" not in optimizer.defaults
+    require(
+        not unused,
+        f"phase '{phase.name}': optimizer {phase.optimizer} has no weight decay, but weight_decay is "
+        f"{phase.weight_decay:g}; set it to 0.",
+    )
     return optimizer
 
 
@@ -58,9 +64,9 @@ def optimizer_class(phase: Phase) -> Any:
     )
     for key in phase.optimizer_args:
         require(
-            key not in ("lr", "weight_decay", "params"),
-            f"phase '{phase.name}': optimizer_args.{key} stands in a field of its own (lr, backbone_lr, weight_decay); "
-            "set it there.",
+            key not in ("lr", "weight_decay", "params") and (key, wanted) != ("momentum", "sgd"),
+            f"phase '{phase.name}': optimizer_args.{key} stands in a field of its own (lr, backbone_lr, weight_decay, "
+            "momentum of sgd); set it there.",
         )
     return found[wanted]
 

@@ -140,7 +140,8 @@ def fastai(
 def bit(*, samples: int, lr: float = 3e-3, **shared: Any) -> Rows:
     """Everything at once with SGD; length and mixup by the size of the dataset: BiT-HyperRule (Kolesnikov et al. 2020).
 
-    Their large batch is kept; a dataset smaller than `global_batch` gives a step of all its samples.
+    Their large batch is kept; a dataset smaller than `global_batch` gives a step of all its samples, and validation
+    after each: set `validate_every_steps` there.
     """
     if samples < 20_000:
         rule = {"max_steps": 500, "warmup_steps": 100, "schedule_args": {"milestones": [0.4, 0.6, 0.8]}}

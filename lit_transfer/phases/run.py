@@ -16,26 +16,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from pytorch_lightning.loggers import WandbLogger
 from timm.layers import convert_sync_batchnorm
 
 from lit_transfer.config import Config
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.module import ImageData, Samples
-from lit_transfer.errors import require
+from lit_transfer.data.quarantine import FILE_NAME as QUARANTINE
+from lit_transfer.data.quarantine import Quarantine
 from lit_transfer.model.augment import scaled
 from lit_transfer.model.ema import Ema
 from lit_transfer.model.memory import peak_memory_mib, reset_peak_memory
 from lit_transfer.model.module import Stopped, TransferModule
 from lit_transfer.model.network import Network
-from lit_transfer.phases.agreement import check_ranks_equal
 from lit_transfer.phases.checkpoint import PhaseFiles, PhaseResult
 from lit_transfer.phases.optim import build_optimizer
+from lit_transfer.phases.resume import finished, load_weights, read_checkpoint
 from lit_transfer.phases.steps import Steps, StopSignal
 from lit_transfer.phases.table import PhasePlan, fingerprint_hash
 from lit_transfer.phases.trainer import PhaseBar, check_machine, make_trainer, ranks_of
@@ -75,12 +74,13 @@ def run_phases(job: Job, plans: Sequence[PhasePlan], callbacks: Sequence[pl.Call
     """
     stop = StopSignal()
     metrics = MetricsFile(job.run.folder / "metrics.csv")
+    names = [plan.phase.name for plan in plans]
+    folders = [PhaseFiles(job.run.checkpoints(name)) for name in names]
+    known = [finished(files, names[:place]) for place, files in enumerate(folders)]  # refused before any work
     results: list[PhaseResult] = []
-    for plan in plans:
-        files = PhaseFiles(job.run.checkpoints(plan.phase.name))
-        result = files.result()
+    for plan, files, result in zip(plans, folders, known, strict=True):
         if result:
-            job.network.load_state_dict(files.read_final())
+            load_weights(job.network, files.read_final(), files.folder)
         else:
             result = _run_phase(job, plan, files, metrics, results, stop, callbacks)
         results.append(result)
@@ -99,7 +99,7 @@ def _run_phase(
     """Train one phase from where it stands to its end."""
     set_trained(job, plan)
     optimizer = build_optimizer(job.network, plan)
-    saved = _checkpoint(job, plan, files, optimizer)
+    saved = read_checkpoint(job.run.record, job.config, plan, files, optimizer, before)
     steps = _steps(job, plan, files, metrics, before, stop)
     trainer = make_trainer(
         job.config.trainer,
@@ -116,12 +116,13 @@ def _run_phase(
         enable_progress_bar=job.config.trainer.progress,
     )
     if saved:
-        job.network.load_state_dict(saved["network"])
+        load_weights(job.network, saved["network"], files.last)
         optimizer.load_state_dict(saved["optimizer"])
         trainer.precision_plugin.load_state_dict(saved["precision"])
         steps.go_on_from(saved)
     first_step = sum(result.steps for result in before)
-    module = build_module(job, plan, optimizer, first_step + steps.step, steps.requests)
+    quarantine = Quarantine(job.run.folder / QUARANTINE, job.config.data.max_bad_fraction)
+    module = build_module(job, plan, optimizer, first_step + steps.step, steps.requests, quarantine)
     if trainer.is_global_zero:
         files.tidy()
         _announce(plan, steps.step)
@@ -134,41 +135,6 @@ def _run_phase(
             trainer.fit_loop.teardown()  # where validation raised, Lightning leaves the workers of training alive
     module.cpu()
     return _end_phase(trainer, job, plan, files, steps, before)
-
-
-def _checkpoint(
-    job: Job, plan: PhasePlan, files: PhaseFiles, optimizer: torch.optim.Optimizer
-) -> dict[str, Any] | None:
-    """What the phase goes on from; None where it starts anew, also after a change of what trains.
-
-    Raises:
-        UserError: the checkpoint belongs to another run, or to settings that were not agreed to be changed.
-    """
-    saved = files.read_last()
-    if saved is None:
-        return None
-    record = job.run.record
-    now = fingerprint_hash(record["fingerprint"])
-    known = [now, *(fingerprint_hash(earlier["fingerprint"]) for earlier in record.get("earlier", []))]
-    require(
-        saved["identity"] in known,
-        f"{files.last} is of a run with other settings; remove it, or choose another --name.",
-    )
-    if saved["identity"] != now:
-        old, new = saved["optimizer"], optimizer.state_dict()
-        if _settings(old) != _settings(new) or (saved["ema"] is None) != (plan.phase.ema_decay is None):
-            print(f"phase {plan.phase.name} trains otherwise than before, and starts anew", flush=True)
-            return None
-        old["param_groups"] = new["param_groups"]  # or the weight decay would be that of before
-        saved["reason"] = None  # it may be longer now
-    if saved["step"] >= plan.max_steps and saved["reason"] is None:
-        saved["reason"] = f"{plan.max_steps} steps were done already"
-    return saved
-
-
-def _settings(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """What of an optimizer's groups must be as it was for its state to have a meaning."""
-    return [{k: v for k, v in group.items() if k not in ("lr", "weight_decay")} for group in state["param_groups"]]
 
 
 def set_trained(setup: Setup, plan: PhasePlan) -> None:
@@ -197,9 +163,11 @@ def _steps(
         first_step=sum(result.steps for result in before),
         samples=len(job.streams["train"].rows),
         global_batch=plan.phase.global_batch,
+        steps_per_epoch=plan.steps_per_epoch,
         log_every_steps=job.config.trainer.log_every_steps,
     )
-    steps = Steps(plan, job.config, files, recorder, stop, fingerprint_hash(job.run.record["fingerprint"]))
+    identity, after = fingerprint_hash(job.run.record["fingerprint"]), [result.name for result in before]
+    steps = Steps(plan, job.config, files, recorder, stop, identity, after)
     if plan.phase.ema_decay is not None:
         steps.ema = Ema(job.network, plan.phase.ema_decay)
     return steps
@@ -211,6 +179,7 @@ def build_module(
     optimizer: torch.optim.Optimizer,
     first_step: int,
     requests: Callable[[], Sequence[bool]],
+    quarantine: Quarantine | None = None,
 ) -> TransferModule:
     """What one fit of a phase trains; `first_step` counts the run's steps before that fit."""
     phase, objective = plan.phase, setup.config.objective
@@ -230,6 +199,7 @@ def build_module(
         seed=setup.config.seed,
         first_step=first_step,
         requests=requests,
+        quarantine=quarantine or Quarantine(None, setup.config.data.max_bad_fraction),
     )
 
 
@@ -244,6 +214,7 @@ def build_data(setup: Setup, plan: PhasePlan, steps: range, before: Sequence[Pha
         steps=steps,
         parts=plan.phase.accumulate,
         first_epoch=sum(result.epochs for result in before),
+        order=setup.config.data.order,
     )
 
 
@@ -255,22 +226,35 @@ def _end_phase(
     steps: Steps,
     before: Sequence[PhaseResult],
 ) -> PhaseResult:
-    """Settle the phase's final weights, prove them equal on all ranks, and mark the phase done."""
-    assert steps.reason, "a fit ends with a reason"
-    if dist.is_initialized():  # before restore_best, which would hide a difference
-        tensors = dict(job.network.state_dict()) | {
-            f"ema.{k}": v for k, v in (steps.ema.weights if steps.ema else {}).items()
-        }
-        check_ranks_equal(tensors, trainer.strategy.root_device, f"phase '{plan.phase.name}'")
+    """Settle the phase's final weights and mark it done; mutates the network. Every rank must call it.
+
+    Raises:
+        Stopped: a signal came after the last step.
+    """
     if plan.phase.restore_best:
-        assert steps.monitor.best_step is not None, "restore_best needs validation: checked by resolve"
-        job.network.load_state_dict(files.read_best(steps.monitor.best_step))
+        assert steps.monitor.best_step is not None, "the last step is validated"
+        load_weights(job.network, files.read_best(steps.monitor.best_step), files.folder)
     elif steps.ema:
         steps.ema.move_to(torch.device("cpu"))
         steps.ema.swap()
+    result = _result(plan, steps, before)
+    if trainer.is_global_zero:
+        files.finish(job.network, result, steps.monitor.best_step)
+        for earlier in before:
+            PhaseFiles(job.run.checkpoints(earlier.name)).prune()
+        print(f"phase {result.name} ended after {result.steps} steps: {result.reason}", flush=True)
+    trainer.strategy.barrier()
+    if trainer.strategy.reduce_boolean_decision(steps.stop(), all=False):
+        raise Stopped
+    return result
+
+
+def _result(plan: PhasePlan, steps: Steps, before: Sequence[PhaseResult]) -> PhaseResult:
+    assert steps.reason, "a fit ends with a reason"
     totals = steps.recorder.state()
-    result = PhaseResult(
+    return PhaseResult(
         name=plan.phase.name,
+        after=[earlier.name for earlier in before],
         epochs=math.ceil(steps.step / plan.steps_per_epoch),
         steps=steps.step,
         seconds=totals["seconds"],
@@ -280,21 +264,10 @@ def _end_phase(
         peak_memory_mib=peak_memory_mib(),
         reason=steps.reason,
     )
-    if trainer.is_global_zero:
-        files.finish(job.network, result, steps.monitor.best_step)
-        for earlier in before:
-            PhaseFiles(job.run.checkpoints(earlier.name)).prune()
-        print(f"phase {result.name} ended after {result.steps} steps: {result.reason}", flush=True)
-    trainer.strategy.barrier()
-    if trainer.strategy.reduce_boolean_decision(steps.stop(), all=False):  # it came after the last step
-        raise Stopped
-    return result
 
 
 def _announce(plan: PhasePlan, steps_done: int) -> None:
     rates = ", ".join(f"{name} {lr:g}" for name, lr in plan.rates.items())
     what = f"goes on from step {steps_done} of" if steps_done else "begins:"
-    print(
-        f"phase {plan.phase.name} {what} {plan.max_steps} steps; trains from {plan.cut}, learning rates {rates}",
-        flush=True,
-    )
+    steps = f"{plan.max_steps} step{'s' if plan.max_steps > 1 else ''}"
+    print(f"phase {plan.phase.name} {what} {steps}; learning rates {rates}", flush=True)

@@ -11,15 +11,18 @@ import math
 import os
 import signal
 import time
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
+import torch.distributed as dist
 
 from lit_transfer.config import Config
 from lit_transfer.errors import require
 from lit_transfer.model.ema import Ema
 from lit_transfer.model.module import Stopped, TransferModule
+from lit_transfer.phases.agreement import check_ranks_equal
 from lit_transfer.phases.checkpoint import PhaseFiles
 from lit_transfer.phases.optim import set_lr
 from lit_transfer.phases.table import PhasePlan
@@ -50,6 +53,11 @@ class StopSignal:
             os.write(2, b"\nstopping at the next step; Ctrl-C again ends at once\n")  # print is not safe in a handler
 
 
+def trained_of(plan: PhasePlan) -> list[tuple[str, list[str]]]:
+    """What a phase trains, by groups: the state of an optimizer has a meaning for these alone."""
+    return [(group.name, list(group.parameters)) for group in plan.groups]
+
+
 class Steps(pl.Callback):
     """Runs the rules of a phase between its steps; hands the module its questions to all ranks (`requests`).
 
@@ -60,6 +68,7 @@ class Steps(pl.Callback):
         recorder: of the phase.
         stop: whether a signal has come.
         identity: what a checkpoint must carry to be gone on from: the hash of the run's fingerprint.
+        after: names of the phases before it.
     """
 
     def __init__(
@@ -70,9 +79,10 @@ class Steps(pl.Callback):
         recorder: Recorder,
         stop: StopSignal,
         identity: str,
+        after: Sequence[str],
     ) -> None:
         self.plan, self.config, self.files, self.recorder = plan, config, files, recorder
-        self.stop, self.identity = stop, identity
+        self.stop, self.identity, self.after = stop, identity, list(after)
         phase = plan.phase
         args = phase.full_schedule_args
         self.step = 0
@@ -98,6 +108,10 @@ class Steps(pl.Callback):
         """All that going on from this step needs, as plain values and tensors; equal on every rank but for times."""
         return {
             "identity": self.identity,
+            "after": self.after,
+            "trained": trained_of(self.plan),
+            "steps_per_epoch": self.plan.steps_per_epoch,
+            "global_batch": self.plan.phase.global_batch,
             "step": self.step,
             "reason": self.reason,
             "network": module.network.state_dict(),
@@ -190,7 +204,16 @@ class Steps(pl.Callback):
         self._end_step(trainer, pl_module)
 
     def _end_step(self, trainer: pl.Trainer, module: TransferModule) -> None:
-        """Save if it is due, then end the phase or stop the run if that was decided."""
+        """Save if it is due, then end the phase or stop the run if that was decided; every rank must call it.
+
+        Raises:
+            RanksDiffer: at the phase's end, before anything says that it has ended.
+            Stopped: a signal came.
+        """
+        if self.reason and dist.is_initialized():
+            averages = self.ema.weights if self.ema else {}
+            tensors = dict(module.network.state_dict()) | {f"ema.{name}": tensor for name, tensor in averages.items()}
+            check_ranks_equal(tensors, module.device, f"phase '{self.plan.phase.name}'")
         stop, _, time_to_save = module.agreed
         every = self.config.checkpoint.every_steps
         is_due = self.step % self.plan.steps_per_epoch == 0 or (every is not None and self.step % every == 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -16,6 +17,7 @@ from lit_transfer.model.network import Layout, ParameterInfo
 from lit_transfer.model.stages import find_cut, summarise
 from lit_transfer.objectives.losses import check_objective
 from lit_transfer.phases.presets import expand
+from lit_transfer.phases.trainer import ranks_of
 from lit_transfer.reading import to_plain
 from lit_transfer.recipe import Objective
 from lit_transfer.schedule import Phase
@@ -118,7 +120,24 @@ def _resolve_phase(config: Config, phase: Phase, layout: Layout, samples: int) -
     groups = _groups(phase, layout, rates)
     trained = {p.stage for p in layout.parameters if p.name in rates}
     cut = next((stage for stage in layout.stages if stage in trained), "head")
-    steps = steps_per_epoch(samples, phase.global_batch)
+    order = config.data.order
+    require(
+        phase.global_batch % order.partitions == 0,
+        f"{where}: global_batch {phase.global_batch} is not a multiple of data.order.partitions {order.partitions}, "
+        "of which it takes equal shares; change one of them.",
+    )
+    rows = math.ceil(math.ceil(phase.global_batch / phase.accumulate) / ranks_of(config.trainer))
+    require(
+        rows > 1 or not (phase.mixup or phase.cutmix),
+        f"{where}: mixup and cutmix need 2 samples or more on a rank at once, but global_batch {phase.global_batch} in "
+        f"{phase.accumulate} part(s) over {ranks_of(config.trainer)} rank(s) leaves one; raise global_batch.",
+    )
+    steps = steps_per_epoch(samples, phase.global_batch, order.last_batch)
+    require(
+        steps > 0,
+        f"{where}: global_batch {phase.global_batch} is over the {samples} samples, and data.order.last_batch drop "
+        "leaves no step; lower it, or keep the last batch.",
+    )
     max_steps = phase.max_steps or steps * (phase.max_epochs or 0)
     require(
         phase.warmup_steps < max_steps,
@@ -196,6 +215,11 @@ def _pattern_rates(phase: Phase, layout: Layout, where: str) -> Rates:
                 f"{where}: train.params '{other[0]}' and '{pattern}' both match {parameter.path} with different "
                 f"rates, {other[1]:g} and {rate[1]:g}; make them exclude each other.",
             )
+    trains_head = any(whose == "head" for whose, _ in rates.values())
+    require(
+        phase.lr is None or trains_head,
+        f"{where}: lr {phase.lr} is the head's learning rate, but no pattern matches it; remove it, or add head/*.",
+    )
     return rates
 
 
@@ -236,7 +260,8 @@ def fingerprint(
 ) -> dict[str, Any]:
     """All that decides the result of a run, as plain values: what may not change between a stop and a resume.
 
-    Where data lies, workers, ranks, checkpoints and tracking are left out: they do not change what is computed.
+    Where data lies, workers, checkpoints and tracking are left out: they do not change what is computed. Ranks are left
+    out, too: a run may go on with other ones, though dropout, mixup and BatchNorm over a rank's part then draw anew.
     """
     plain = to_plain(config)
     kept = {key: plain[key] for key in ("seed", "image", "augment", "model", "objective", "monitor")}
@@ -249,7 +274,7 @@ def fingerprint(
         asdict(plan.phase) | {"steps_per_epoch": plan.steps_per_epoch, "max_steps": plan.max_steps} for plan in plans
     ]
     return kept | {
-        "data": streams | {"label": plain["data"]["label"]},
+        "data": streams | {"label": plain["data"]["label"], "order": plain["data"]["order"]},
         "weights_sha256": weights_sha256,
         "phases": phases,
         "precision": plain["trainer"]["precision"],

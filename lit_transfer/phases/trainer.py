@@ -86,6 +86,11 @@ class PhaseBar(TQDMProgressBar):
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description(f"phase {self._name}")
 
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """The loss of the step, in the place of Lightning's run number."""
+        assert isinstance(pl_module, TransferModule)
+        return {"loss": f"{pl_module.train_loss:.3f}"}
+
 
 def predict_stream(
     config: TrainerConfig, module: TransferModule, samples: Samples, *, global_batch: int, workers: int

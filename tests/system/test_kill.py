@@ -17,6 +17,8 @@ import yaml
 from digits import digits
 from safetensors.torch import load_file
 
+from lit_transfer.phases.presets import bit
+
 WORKER = Path(__file__).with_name("kill_worker.py")
 SCHEDULES: dict[str, Any] = {
     "freeze_thaw": {
@@ -37,6 +39,16 @@ SCHEDULES: dict[str, Any] = {
         | {"until": {"metric": "val/loss", "patience": 2}, "validate_every_steps": 2, "restore_best": True},
     ],
     "scratch": {"preset": "scratch", "epochs": 3, "global_batch": 8, "ema_decay": 0.8},
+    "surgical": {
+        "preset": "surgical",
+        **{"stage": "blocks.2", "head_epochs": 2, "stage_epochs": 2, "global_batch": 7, "weight_decay": 0.1},
+        **{"validate_every_steps": 2, "restore_best": True},
+    },
+    "norm_only": {"preset": "norm_only", "epochs": 3, "global_batch": 10, "norm": "batch", "validate_every_steps": 2},
+    "bit": [
+        row | {"max_steps": 9, "warmup_steps": 3}  # the preset's own length is 500
+        for row in bit(samples=24, global_batch=32, mixup=0.1, validate_every_steps=2)
+    ],
 }
 PHASES = {
     "freeze_thaw": ("head", "thaw"),
@@ -45,10 +57,13 @@ PHASES = {
     "fastai": ("head", "thaw"),
     "plateau": ("head", "tune"),
     "scratch": ("scratch",),
+    "surgical": ("head", "stage"),
+    "norm_only": ("norms",),
+    "bit": ("tune",),
 }
 MOMENTS = {"train": 5, "backward": 5, "validation": 2, "last": 2, "best": 1, "final": 1, "between": 1}
 """Where a run is killed, and how often that comes at least in any phase: the count is drawn below it."""
-DRAWS = 28
+DRAWS = 40
 TIMING = {"images_per_s", "data_wait_share"}
 
 

@@ -211,7 +211,7 @@ def test_every_task_has_figures_and_pictures(task: str, tmp_path: Path) -> None:
     config = tiny_config(manifest, tmp_path)
     network = tiny_network(config.model, task, len(manifest.classes()))
     samples = streams_of(config)["test"]
-    predictions = predict_samples(config, network, samples, PREPROCESSING, batch=5)
+    predictions = predict_samples(config, network, samples, PREPROCESSING, 5, tmp_path, "test")
     measured = Evaluation(task=task, names=manifest.display(), threshold=None, samples=samples, predictions=predictions)
     pictures = write_report(tmp_path / "report", measured, measured.figures("digit"), tmp_path / "absent.csv")
     assert {path.stem for path in pictures} == PICTURES[task]

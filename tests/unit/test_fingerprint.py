@@ -41,6 +41,13 @@ def printed(settings: Config, samples: int = 17) -> dict[str, Any]:
                 "label": "l",
             }
         },
+        {
+            "data": {
+                "train": {"manifest": "x", "split": "train"},
+                "val": {"manifest": "x", "split": "val"},
+                "order": {"block_shards": 2},
+            }
+        },
     ],
 )
 def test_what_decides_the_result_is_in_the_fingerprint(sections: dict[str, Any]) -> None:

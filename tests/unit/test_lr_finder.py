@@ -148,10 +148,10 @@ def test_all_groups_keep_their_ratio_to_the_head() -> None:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """A run of which phases a and b are done, and c is not."""
-    for name in ("a", "b"):
+    for name, after in (("a", []), ("b", ["a"])):
         folder = tmp_path / "checkpoints" / name
         folder.mkdir(parents=True)
-        result = PhaseResult(name, 2, 16, 1.0, 1.0, 0.0, 0.0, 0.0, "max_epochs 2 reached")
+        result = PhaseResult(name, after, 2, 16, 1.0, 1.0, 0.0, 0.0, 0.0, "max_epochs 2 reached")
         (folder / "done.json").write_text(json.dumps(vars(result)))
     marks = {"seed": 0, "phases": [{"lr": 0.1}, {"lr": 0.2}, {"lr": 0.3}]}
     (tmp_path / "run.json").write_text(json.dumps({"fingerprint": marks}))

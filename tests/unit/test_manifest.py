@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +14,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lit_transfer.data.manifest import (
-    FILE_NAME,
-    LABEL_TYPES,
-    SAMPLE_COLUMNS,
-    Label,
-    Manifest,
-    Shard,
-    compute_digest,
-    write_manifest,
-)
+from lit_transfer.config import Stream
+from lit_transfer.data.manifest import Manifest, joined_digest
+from lit_transfer.data.module import open_stream
+from lit_transfer.data.packing.record import compute_digest, write_manifest
+from lit_transfer.data.schema import FILE_NAME, LABEL_TYPES, SAMPLE_COLUMNS, Label, Shard
 from lit_transfer.errors import UserError
+from lit_transfer.reading import parse
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "manifest.py"
 
 SHARDS = (
     Shard(name="train-000000.tar", split="train", sha256="ab" * 32, bytes=11, samples=2),
@@ -132,7 +133,7 @@ def test_faulty_datasets_are_named(tmp_path: Path) -> None:
             Manifest.open(folder)
 
 
-def rewrite(folder: Path, table: pa.Table, header: dict[str, Any] | None) -> None:
+def rewrite(folder: Path, table: pa.Table, header: Any) -> None:
     metadata = None if header is None else {b"lit_transfer": json.dumps(header).encode()}
     table = table.replace_schema_metadata(metadata)
     with (folder / FILE_NAME).open("wb") as file, pa.ipc.new_file(file, table.schema) as writer:
@@ -160,6 +161,111 @@ def test_foreign_formats_and_columns(tmp_path: Path) -> None:
     rewrite(folder, table.append_column("extra", pa.array([1, 2, 3])), header)
     with pytest.raises(UserError, match="unknown column extra; pack"):
         Manifest.open(folder)
+    for damaged in ({"format": 1}, header | {"shards": [{"name": "x"}]}, []):
+        rewrite(folder, table, damaged)
+        with pytest.raises(UserError, match=r"has a damaged header .*; copy the dataset again"):
+            Manifest.open(folder)
+    rewrite(folder, table.slice(0, 2), header)
+    with pytest.raises(UserError, match="has 2 rows, but its shards hold 3 samples"):
+        Manifest.open(folder)
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_every_shard_has_its_histogram(tmp_path: Path, task: str) -> None:
+    label = LABEL if task == "multiclass" else RED
+    manifest = Manifest.open(write(tmp_path / "d", rows(task, **{label.name: [1, None, 0]}), (label,), task))
+    assert manifest.class_counts().tolist() == [[0, 1, 1], [1, 0, 0]]
+
+
+def test_rows_come_from_the_shards(tmp_path: Path) -> None:
+    """A split may stand in stretches."""
+    shards = [dataclasses.replace(SHARDS[i % 2], name=f"{i}.tar", samples=n) for i, n in enumerate((1, 1, 0, 0, 1))]
+    table = rows(kind=[1, None, 0]).set_column(5, "shard", pa.array([0, 1, 4], pa.int32()))
+    for shard in shards:
+        (tmp_path / shard.name).write_bytes(b"." * shard.bytes)
+    write_manifest(tmp_path, task="multiclass", labels=[LABEL], shards=shards, table=table, pack={})
+    manifest = Manifest.open(tmp_path)
+    assert (manifest.rows("train").tolist(), manifest.rows("test").tolist()) == ([0, 2], [1])
+
+
+def two(tmp_path: Path, **other: Any) -> list[str]:
+    """Two datasets, the second with other metadata and what is asked for."""
+    given: dict[str, Any] = {"table": rows(kind=[0, 0, 1]), "labels": (LABEL,), "task": "multiclass"} | other
+    table = given.pop("table")
+    table = table.rename_columns([name.replace("meta.site", "meta.place") for name in table.column_names])
+    return [str(write(tmp_path / "a", rows(kind=[1, None, 0]))), str(write(tmp_path / "b", table, **given))]
+
+
+def test_several_manifests_are_one_dataset(tmp_path: Path) -> None:
+    places = two(tmp_path)
+    parts, both = [Manifest.open(place) for place in places], Manifest.open(places)
+    assert both.targets().tolist() == [1, -1, 0, 0, 0, 1] and both.splits == {"train": 4, "test": 2}
+    assert both.rows("train").tolist() == [0, 1, 3, 4] and both.rows("test").tolist() == [2, 5]
+    assert both.table["shard"].to_pylist() == [0, 0, 1, 2, 2, 3] and both.table["key"][0] == both.table["key"][3]
+    assert [both.shard_address(i) for i in range(4)] == [p.shard_address(i) for p in parts for i in range(2)]
+    assert both.shard_address(2) == str(tmp_path / "b" / SHARDS[0].name)
+    assert both.class_counts().tolist() == [[0, 1, 1], [1, 0, 0], [2, 0, 0], [0, 1, 0]]
+    assert both.table["meta.place"].to_pylist() == [None, None, None, "n", None, "s"]
+    assert both.digest == joined_digest([part.digest for part in parts]) != Manifest.open(places[::-1]).digest
+    assert Manifest.open(places[:1]).digest == parts[0].digest
+    assert both.name == f"{places[0]} + {places[1]}"
+    (tmp_path / "b" / SHARDS[0].name).unlink()
+    with pytest.raises(UserError, match=r"b/train-000000.tar' is missing"):
+        Manifest.open(places)
+
+
+def test_the_digest_of_several_is_pinned() -> None:
+    assert joined_digest(["ab" * 32, "cd" * 32]) == "199e1de14427ab5a8184f06c95a213c0d87597bf587d47b8880ff7d4e0db779f"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"task": "ordinal"}, "the tasks multiclass and ordinal differ"),
+        (
+            {"table": rows(colour=[0, 0, 1]), "labels": (COLOUR,)},
+            r"the label columns \['kind'\] and \['colour'\]",
+        ),
+        (
+            {"labels": (dataclasses.replace(LABEL, classes=("b", "a")),)},
+            r"the classes of 'kind', \['a', 'b'\] and",
+        ),
+    ],
+)
+def test_manifests_that_do_not_go_together(tmp_path: Path, other: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"a' and .*b' cannot be one dataset: {message}"):
+        Manifest.open(two(tmp_path, **other))
+
+
+def test_a_worker_maps_the_same_file(tmp_path: Path) -> None:
+    """Pickled it is small, however many rows it has, and it is the same dataset or none."""
+    places = two(tmp_path)
+    both = Manifest.open(places)
+    data = pickle.dumps(both)
+    again = pickle.loads(data)
+    assert len(data) < 500 and again.digest == both.digest and again.table.equals(both.table)
+    write(tmp_path / "b", rows(kind=[1, 1, 1]))
+    with pytest.raises(UserError, match="was replaced while it was in use"):
+        pickle.loads(data)
+
+
+def test_a_stream_may_have_several_manifests(tmp_path: Path) -> None:
+    config = parse(Stream, {"manifest": two(tmp_path), "split": "train"})
+    samples = open_stream(config, None, 0)
+    assert samples.rows.tolist() == [0, 3, 4] and samples.unlabelled == 1
+    assert samples.weights.tolist() == [1.0, 0.5, 1.0, 1.0, 0.5, 1.0]
+
+
+def test_many_samples_open_at_once(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """In a fresh process, within 2 s and 500 MB, without touching the rows."""
+    samples = 10**7 if request.config.getoption("--full") else 10**6
+    for step in ("--make", "--measure"):
+        command = [sys.executable, str(BENCHMARK), step, str(tmp_path / "d"), "--samples", str(samples)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["open_mb"] < 500 and figures["open_s"] < 2
+    assert figures["open_mb"] - figures["start_mb"] < 40, "a row has 118 bytes in the file"
 
 
 def test_digest_is_pinned_and_covers_what_it_says() -> None:

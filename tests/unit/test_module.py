@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,6 +17,8 @@ from torch import Tensor, nn
 from lit_transfer.config import Augment
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.plan import PADDING, slice_of
+from lit_transfer.data.quarantine import Quarantine
+from lit_transfer.errors import UserError
 from lit_transfer.model import module as module_file
 from lit_transfer.model.augment import eval_input, mix
 from lit_transfer.model.module import Batch, LossNotFinite, TransferModule
@@ -44,7 +49,9 @@ class Linear(nn.Module):
 def made(world_size: int = 1, **settings: Any) -> TransferModule:
     torch.manual_seed(0)
     module = TransferModule(cast(Network, Linear()), task="multiclass", preprocessing=PLAIN, **settings)
-    module._trainer = cast(Any, SimpleNamespace(world_size=world_size, global_step=0, global_rank=0))
+    data = SimpleNamespace(streams={name: SimpleNamespace(rows=range(ROWS)) for name in ("train", "val")})
+    trainer = SimpleNamespace(world_size=world_size, global_step=0, global_rank=0, datamodule=data)
+    module._trainer = cast(Any, trainer)
     return module
 
 
@@ -60,6 +67,8 @@ def batch_of(rows: np.ndarray[Any, Any], entries: int) -> Batch:
         "row": torch.from_numpy(rows),
         "valid": valid,
         "entries": torch.tensor(entries),
+        "damaged": [],
+        "epoch": torch.tensor(0),
         "uniform": torch.full((len(rows), 16), 0.5),
     }
 
@@ -174,10 +183,97 @@ def test_what_ranks_ask_for_is_agreed_on_at_every_step() -> None:
     assert module.agreed == [False, False, False]
 
 
+def norms_of_ranks(ranks: int) -> list[nn.ModuleDict]:
+    """A network of each rank: two layers that train, one that is frozen."""
+    return [
+        nn.ModuleDict({"a": nn.BatchNorm1d(3), "frozen": nn.BatchNorm1d(2).eval(), "b": nn.BatchNorm1d(4)})
+        for _ in range(ranks)
+    ]
+
+
+def share(networks: Sequence[nn.ModuleDict], monkeypatch: pytest.MonkeyPatch, norm: str = "batch") -> None:
+    """As ranks would, each in a thread; sums are in place, as those of torch.distributed."""
+    barrier, told = threading.Barrier(len(networks), timeout=20), {}
+
+    def all_reduce(module: TransferModule, tensor: Tensor) -> Tensor:
+        told[id(module)] = tensor.clone()
+        barrier.wait()
+        total = torch.stack(list(told.values())).sum(0)
+        barrier.wait()
+        return tensor.copy_(total)
+
+    monkeypatch.setattr(TransferModule, "_all_reduce", all_reduce)
+    modules = [made(world_size=len(networks)) for _ in networks]
+    for module, network in zip(modules, networks, strict=True):
+        network.norm = cast(Any, norm)
+        module.network = cast(Network, network)
+    with ThreadPoolExecutor(len(networks)) as pool:
+        list(pool.map(TransferModule.share_running_statistics, modules))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (100.0, 1e-2), (-100.0, 1e-2)])
+def test_running_statistics_become_those_of_the_ranks_union(
+    ranks: int, mean: float, deviation: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks = norms_of_ranks(ranks)
+    noise = torch.Generator().manual_seed(0)
+    union: dict[str, Tensor] = {}
+    for name in ("a", "b"):
+        size = networks[0][name].num_features
+        rows = mean + deviation * torch.randn(ranks, 50, size, generator=noise, dtype=torch.float64)
+        rows += deviation * torch.arange(ranks)[:, None, None]  # or all ranks would have the same mean
+        union[name] = rows.flatten(0, 1)
+        for network, own in zip(networks, rows, strict=True):
+            network[name].running_mean.copy_(own.mean(0))
+            network[name].running_var.copy_(own.var(0, correction=0))
+    share(networks, monkeypatch)
+    for name, rows in union.items():
+        for network in networks:
+            layer = network[name]
+            assert torch.equal(layer.running_mean, networks[0][name].running_mean)
+            assert torch.equal(layer.running_var, networks[0][name].running_var)
+        torch.testing.assert_close(layer.running_mean.double(), rows.mean(0), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(layer.running_var.double(), rows.var(0, correction=0), rtol=0.01, atol=0.0)
+
+
+def test_equal_statistics_with_large_means_keep_their_small_variances(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = norms_of_ranks(2)
+    for network in networks:
+        network["a"].running_mean.fill_(100.0)
+        network["a"].running_var.fill_(1e-4)
+    share(networks, monkeypatch)
+    assert torch.allclose(networks[1]["a"].running_var, torch.tensor(1e-4), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("norm", ["batch", "pretrained"])
+def test_statistics_that_do_not_move_are_not_shared(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = norms_of_ranks(2)
+    for rank, network in enumerate(networks):
+        for layer in network.values():
+            layer.running_mean.fill_(rank)
+    share(networks, monkeypatch, norm)
+    kept = ("a", "frozen", "b") if norm == "pretrained" else ("frozen",)
+    for name in networks[0]:
+        means = [float(network[name].running_mean[0]) for network in networks]
+        assert means == ([0.0, 1.0] if name in kept else [0.5, 0.5])
+
+
+def test_damaged_samples_of_all_ranks_count_and_too_many_end_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"key": "a", "address": "x.tar", "offset": 512, "reason": "cut"}
+    module = made(quarantine=Quarantine(None, max_bad_fraction=2 / ROWS))
+    monkeypatch.setattr(module, "_all_reduce", lambda tensor: tensor * 2)  # another rank met as many
+    module.training_step(whole() | {"damaged": [entry]}, 0)
+    with pytest.raises(UserError, match=f"^4 of the {ROWS} samples of data.train are damaged"):
+        module.training_step(whole() | {"damaged": [entry]}, 0)
+    module.training_step(whole() | {"damaged": [entry], "epoch": torch.tensor(1)}, 0)
+
+
 def test_a_phase_hands_its_own_settings_to_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_file, "metrics", None)
     augment, objective = Augment(zoom=0.4), Objective(label_smoothing=0.1, focal_gamma=2.0)
-    config = SimpleNamespace(augment=augment, objective=objective, seed=3)
+    data = SimpleNamespace(max_bad_fraction=0.2)
+    config = SimpleNamespace(augment=augment, objective=objective, seed=3, data=data)
     streams = {"train": SimpleNamespace(manifest=SimpleNamespace(task="multiclass"))}
     setup = cast(
         Setup,
@@ -191,6 +287,7 @@ def test_a_phase_hands_its_own_settings_to_the_module(monkeypatch: pytest.Monkey
     module = module_of(phase)
     assert (module.mixup, module.cutmix, module.parts, module.seed, module.first_step) == (0.1, 0.2, 4, 3, 5)
     assert module.augment == Augment(zoom=0.2) and module.objective == objective
+    assert module.quarantine.max_bad_fraction == 0.2
     smoother = module_of(replace(phase, label_smoothing=0.3)).objective
     assert smoother == replace(objective, label_smoothing=0.3)
     assert module_of(replace(phase, label_smoothing=0.0)).objective.label_smoothing == 0

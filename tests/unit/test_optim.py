@@ -126,6 +126,14 @@ def test_optimizers_are_those_of_torch(settings: dict[str, Any], cls: type, argu
             {"optimizer_args": {"weight_decay": 1}},
             "phase 'a': optimizer_args.weight_decay stands in a field of its own",
         ),
+        (
+            {"optimizer": "SGD", "optimizer_args": {"momentum": 0.5}},
+            "phase 'a': optimizer_args.momentum stands in a field of its own",
+        ),
+        (
+            {"optimizer": "LBFGS"},
+            "phase 'a': optimizer LBFGS with {} cannot be made (",
+        ),
         ({"optimizer_args": {"beta": 1}}, "phase 'a': optimizer adamw with {'beta': 1} cannot be made ("),
         (
             {"optimizer_args": {"eps": -1}},
@@ -139,6 +147,15 @@ def test_a_wrong_optimizer_says_what_is_wrong(settings: dict[str, Any], said: st
     with pytest.raises(UserError, match=re.escape(said)) as caught:
         build_optimizer(net, plan)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["Rprop", "SparseAdam"])
+def test_an_optimizer_without_weight_decay_says_so(name: str) -> None:
+    net = network()
+    said = f"phase 'a': optimizer {name} has no weight decay, but weight_decay is 0.5; set it to 0."
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        build_optimizer(net, planned(net, optimizer=name))
+    assert build_optimizer(net, planned(net, optimizer=name, weight_decay=0.0))
 
 
 def test_an_optimizer_is_found_without_a_network() -> None:

@@ -20,11 +20,11 @@ from packing import column, contents, draw, folder, nothing_left, packed, payloa
 from PIL import Image
 
 from lit_transfer.data.decode import open_rgb
-from lit_transfer.data.manifest import compute_digest
 from lit_transfer.data.packing import pack as module
 from lit_transfer.data.packing import shards
 from lit_transfer.data.packing.items import Pack
 from lit_transfer.data.packing.pack import pack
+from lit_transfer.data.packing.record import compute_digest
 from lit_transfer.errors import UserError
 
 

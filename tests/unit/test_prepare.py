@@ -25,7 +25,7 @@ def test_packs_and_summarises(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     manifest = Manifest.open(tmp_path / "out")
     for part in (
         "multiclass",
-        "cat, dog",
+        "cat 10, dog 11",
         "train 15, val 3, test 3",
         "rejected  0",
         "1 files that are no pictures",

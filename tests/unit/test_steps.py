@@ -248,9 +248,9 @@ def test_a_finished_run_is_not_trained_again(trainee: Trainee, capsys: pytest.Ca
 def test_each_phase_says_when_it_begins_and_why_it_ended(trainee: Trainee, capsys: pytest.CaptureFixture[str]) -> None:
     trainee.train({"max_steps": 2}, {"name": "b", "train": {"last": 1}, "backbone_lr": 0.01, "max_steps": 1})
     assert capsys.readouterr().out.splitlines() == [
-        "phase head begins: 2 steps; trains from head, learning rates head 0.1",
+        "phase head begins: 2 steps; learning rates head 0.1",
         "phase head ended after 2 steps: max_steps 2 reached",
-        "phase b begins: 1 steps; trains from top, learning rates backbone 0.01, head 0.1",
+        "phase b begins: 1 step; learning rates backbone 0.01, head 0.1",
         "phase b ended after 1 steps: max_steps 1 reached",
     ]
 
@@ -267,3 +267,22 @@ def test_parts_of_a_step_give_the_step(trainee: Trainee) -> None:
         assert result.steps == 6
         assert losses == pytest.approx(ends[0][1], rel=1e-4) and val == pytest.approx(ends[0][2], rel=1e-4)
         assert all(torch.allclose(tensor, ends[0][0][name], atol=1e-5) for name, tensor in state.items())
+
+
+def test_compiled_phases_train_as_others_do(trainee: Trainee) -> None:
+    """Two phases, so that a frame of the first would be taken by the second if it were not dropped."""
+    ends = []
+    for compiled in (False, True):
+        plain = {"optimizer": "sgd", "lr": 0.01, "max_steps": 4, "compile": compiled}
+        thaw = plain | {"name": "thaw", "train": {"last": 1}, "backbone_lr": 0.01}
+        results = trainee.train(plain, thaw, name=f"compiled_{compiled}")
+        assert [result.steps for result in results] == [4, 4]
+        ends.append((trainee.job.network.state_dict(), trainee.column("train/loss"), trainee.column("val/loss")))
+    torch._dynamo.reset()
+    (state, *curves), (compiled_state, *compiled_curves) = ends
+    assert all(torch.allclose(tensor, compiled_state[name], atol=1e-5) for name, tensor in state.items())
+    for curve, other in zip(curves, compiled_curves, strict=True):
+        assert other == pytest.approx(curve, rel=1e-4)
+    before = prepared(trainee.config)[0].network.state_dict()
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, compiled_state[name])}
+    assert moved == set(trainee.plans[1].trained)

@@ -115,7 +115,11 @@ def batches(data: ImageData) -> list[dict[str, torch.Tensor]]:
 def assert_same(some: list[dict[str, torch.Tensor]], others: list[dict[str, torch.Tensor]]) -> None:
     for one, other in zip(some, others, strict=True):
         assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert all(equal(one[name], other[name]) for name in one)
+
+
+def equal(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
 
 
 def test_batches_hold_what_the_plan_says(dataset: Manifest) -> None:
@@ -130,6 +134,7 @@ def test_batches_hold_what_the_plan_says(dataset: Manifest) -> None:
     assert got[0]["image"].dtype == torch.uint8 and np.array_equal(got[0]["image"].numpy(), images)
     assert got[0]["target"].tolist() == samples.targets[rows].tolist()
     assert got[0]["weight"].tolist() == samples.weights[rows].tolist()
+    assert {int(batch["epoch"]) for batch in got} == {2} and all(batch["damaged"] == [] for batch in got)
     assert got[0]["valid"].all() and [int(batch["entries"]) for batch in got] == [6, 6, 1]
     assert np.array_equal(got[0]["uniform"].numpy(), plan.uniforms(5, 2, np.array(rows), DRAWS))
 
@@ -223,8 +228,9 @@ def test_two_ranks_together_read_what_one_reads(dataset: Manifest) -> None:
         sampler = TrainSampler(samples, global_batch=6, rank=rank, ranks=2, seed=5, steps=range(STEPS))
         halves.append(list(loader(SampleDataset(samples, SMALL, 5), sampler, 0)))
     for one, left, right in zip(batches(image_data(dataset)), *halves, strict=True):
-        assert one["entries"] == left["entries"] == right["entries"]
-        both = {name: torch.cat([left[name], right[name]]) for name in one if name != "entries"}
+        of_step = ("entries", "epoch", "damaged")
+        assert all(one[name] == left[name] == right[name] for name in of_step)
+        both = {name: torch.cat([left[name], right[name]]) for name in one if name not in of_step}
         assert all(torch.equal(both[name][both["valid"]], one[name]) for name in both)
 
 
@@ -245,5 +251,7 @@ def test_damaged_bytes_are_refused(tmp_path: Path, damage: str) -> None:
     data = bytearray(shard.read_bytes())
     data[place["offset"] + 20] ^= 1
     shard.write_bytes(data if damage == "flip" else data[: place["offset"] + 20])
-    with pytest.raises(UserError, match=r"\(row 2\) are not those that were packed.*run lit-transfer prepare again"):
+    with pytest.raises(
+        UserError, match=r"\(row 2\) are not those that were packed; run `lit-transfer prepare --verify`"
+    ):
         ShardReader(manifest).read(2)

@@ -11,6 +11,7 @@ from lit_transfer.errors import UserError
 from lit_transfer.model.network import Layout
 from lit_transfer.phases.presets import expand
 from lit_transfer.phases.table import PhasePlan, check_metrics, resolve
+from lit_transfer.reading import to_plain
 
 NO_VAL = {"data": {"train": {"manifest": "x", "split": "train"}}}
 
@@ -176,12 +177,66 @@ def test_patterns_may_overlap_where_they_agree() -> None:
             {"schedule": "warmup_cosine", "warmup_steps": 6, "global_batch": 8},
             "phase 'a': warmup_steps 6 is not below its 6 steps; lower it.",
         ),
+        (
+            {"train": {"params": ["stem/*"]}, "backbone_lr": 0.1},
+            "phase 'a': lr 0.1 is the head's learning rate, but no pattern matches it; remove it, or add head/*.",
+        ),
+        (
+            {"mixup": 0.2, "global_batch": 1},
+            "phase 'a': mixup and cutmix need 2 samples or more on a rank at once, but global_batch 1 in 1 part(s) "
+            "over 1 rank(s) leaves one; raise global_batch.",
+        ),
+        (
+            {"cutmix": 1.0, "global_batch": 4, "accumulate": 4},
+            "phase 'a': mixup and cutmix need 2 samples or more on a rank at once, but global_batch 4 in 4 part(s) ",
+        ),
     ],
 )
 def test_rules_that_need_the_network_or_the_size_of_the_dataset(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match="^" + re.escape(said)) as caught:
         planned(small(), **settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("ranks", "batch"), [(2, 2), (4, 4), (4, 8)])
+def test_mixing_needs_two_rows_on_each_rank(ranks: int, batch: int) -> None:
+    trainer = {"accelerator": "cpu", "devices": ranks}
+    for settings in ({"mixup": 0.2}, {"cutmix": 0.2}):
+        parts = {"accumulate": batch // ranks, "global_batch": batch}
+        with pytest.raises(
+            UserError, match=rf"^phase 'a': mixup and cutmix need .* over {ranks} rank\(s\) leaves one; "
+        ):
+            resolve(config([row(**settings, **parts)], trainer=trainer), small(), samples=17)
+        resolve(config([row(**settings, **parts | {"global_batch": batch + 1})], trainer=trainer), small(), samples=17)
+
+
+@pytest.mark.parametrize(
+    ("order", "batch", "said"),
+    [
+        (
+            {"partitions": 3},
+            8,
+            "phase 'a': global_batch 8 is not a multiple of data.order.partitions 3, of which it takes equal shares; "
+            "change one of them.",
+        ),
+        (
+            {"last_batch": "drop"},
+            18,
+            "phase 'a': global_batch 18 is over the 17 samples, and data.order.last_batch drop leaves no step; lower "
+            "it, or keep the last batch.",
+        ),
+    ],
+)
+def test_the_order_must_fit_the_batch(order: dict[str, Any], batch: int, said: str) -> None:
+    def resolved(batch: int) -> PhasePlan:
+        data = config([row()]).data
+        plain = {"train": to_plain(data)["train"], "order": order}
+        (plan,) = resolve(config([row(global_batch=batch)], data=plain), small(), samples=17)
+        return plan
+
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        resolved(batch)
+    assert resolved(6).steps_per_epoch == (3 if "partitions" in order else 2)
 
 
 def test_a_network_without_normalisation_layers_has_no_norms() -> None:

@@ -166,7 +166,8 @@ def test_ranks_are_handed_what_the_first_process_decided(tmp_path: Path, resumed
     first = opened(settings, {"seed": 0})
     rank = open_run(settings, {"seed": 0}, differences)  # a child: the environment is inherited
     assert (rank.resumed, first.resumed) == (resumed, resumed), "though run.json is there by now"
-    assert rank.id == first.id and rank.folder == first.folder
+    assert rank.id == first.id and rank.folder == first.folder and rank.record == first.record
+    assert len(os.environ[ENVIRONMENT]) < 500, "no fingerprint: what the environment holds has a limit"
     other = open_run(config(tmp_path, "other"), {"seed": 0}, differences)
     assert other.id != first.id and not other.resumed, "it is handed over for one directory only"
 
@@ -249,8 +250,9 @@ def test_allowed_changes_take_the_place_of_the_settings_and_the_record_keeps_the
 
 def recorder(folder: Path, **settings: Any) -> Recorder:
     """Of a phase behind 2 epochs and 11 steps; 10 samples, 4 a step, so 3 steps an epoch."""
-    usual = {"phase": "a", "first_epoch": 2, "first_step": 11, "samples": 10, "global_batch": 4, "log_every_steps": 100}
-    return Recorder(MetricsFile(folder / "metrics.csv"), None, **{**usual, **settings})
+    place = {"phase": "a", "first_epoch": 2, "first_step": 11}
+    size = {"samples": 10, "global_batch": 4, "steps_per_epoch": 3, "log_every_steps": 100}
+    return Recorder(MetricsFile(folder / "metrics.csv"), None, **{**place, **size, **settings})
 
 
 def optimizer() -> torch.optim.Optimizer:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_transfer.data.manifest import CLASS_TASKS, Label
 from lit_transfer.data.packing.items import Listing, Pack
 from lit_transfer.data.packing.names import all_numbers, in_order, number, refuse_twins
 from lit_transfer.data.packing.sources import read_table
 from lit_transfer.data.packing.splits import Tag, quantile_bins
+from lit_transfer.data.schema import CLASS_TASKS, Label
 from lit_transfer.errors import UserError, nearest, require
 
 Value = int | float | None

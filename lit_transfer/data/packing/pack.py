@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Generator, Sequence
@@ -16,24 +14,17 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-from lit_transfer.data.manifest import (
-    CLASS_TASKS,
-    FILE_NAME,
-    LABEL_TYPES,
-    SAMPLE_COLUMNS,
-    Label,
-    Manifest,
-    Shard,
-    write_manifest,
-)
+from lit_transfer.data.manifest import Manifest
 from lit_transfer.data.packing.datasets import open_dataset
 from lit_transfer.data.packing.items import Item, Listing, Pack, Source
 from lit_transfer.data.packing.labels import Value, encode_labels, strata
 from lit_transfer.data.packing.pictures import ordered, to_picture
+from lit_transfer.data.packing.record import write_manifest, write_rejected
 from lit_transfer.data.packing.shards import Place, Sample, to_json, write_shards
 from lit_transfer.data.packing.sources import open_folder, open_table
 from lit_transfer.data.packing.splits import assign_splits, seeded_hash
 from lit_transfer.data.packing.whole import whole_folder
+from lit_transfer.data.schema import CLASS_TASKS, FILE_NAME, LABEL_TYPES, SAMPLE_COLUMNS, Label, Shard
 from lit_transfer.errors import UserError, nearest, require
 from lit_transfer.reading import to_plain
 
@@ -92,7 +83,7 @@ def pack(settings: Pack, progress: bool = False) -> Packed:
     require(out.name not in ("", ".."), f"out '{out}' is not a folder that can be made; give its name.")
     recorded = _recorded(settings, source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        return _reuse(out, recorded)
+        return reuse(out, recorded)
     plan = _plan(settings, source.listing())
     with whole_folder(out) as folder:
         written = _write(folder, settings, plan, progress)
@@ -131,7 +122,7 @@ def _recorded(settings: Pack, source: Source) -> dict[str, Any]:
     return {**plain, "fingerprint": source.fingerprint}
 
 
-def _reuse(out: Path, recorded: dict[str, Any]) -> Packed:
+def reuse(out: Path, recorded: dict[str, Any]) -> Packed:
     """The dataset at `out`, if it was packed from the same source with the same settings."""
     require(
         (out / FILE_NAME).is_file(),
@@ -193,7 +184,7 @@ def _write(folder: Path, settings: Pack, plan: _Plan, progress: bool) -> _Writte
                     written.shards.append(shard)
                     written.places.extend(places)
     written.rejected.sort()
-    _write_rejected(folder / REJECTED, written.rejected)
+    write_rejected(folder / REJECTED, ("source", "reason"), written.rejected)
     share = len(written.rejected) / len(plan.splits)
     if share > settings.max_rejected_fraction or not written.places:
         kept = Path(f"{settings.out}.{REJECTED}")
@@ -267,12 +258,3 @@ def _table(plan: _Plan, places: Sequence[Place]) -> pa.Table:
     for name in plan.listing.items[0].meta:
         columns[f"meta.{name}"] = pa.array([item.meta[name] for item in items], pa.string())
     return pa.table(columns)
-
-
-def _write_rejected(path: Path, rejected: Sequence[tuple[str, str]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("source", "reason"))
-        writer.writerows(rejected)
-        file.flush()
-        os.fsync(file.fileno())

@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from lit_transfer.data.decode import DecodeError, is_plain, open_picture, scaled_size, to_rgb
+from lit_transfer.data.decode import FORMATS, DecodeError, is_plain, open_picture, scaled_size, to_rgb
 from lit_transfer.data.packing.items import Item, Pack
 
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -93,3 +94,17 @@ def _picture(data: bytes, extension: str, image: Image.Image) -> Picture:
         width=image.width,
         height=image.height,
     )
+
+
+def header_sides(data: bytes) -> tuple[int, int] | str:
+    """Width and height of a picture file when it stands upright, from its header alone, or why there are none."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            return f"{image.width * image.height} pixels are above the limit of {Image.MAX_IMAGE_PIXELS}"
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except UnidentifiedImageError:
+        return "not a picture in a known format"
+    except Exception as error:  # Pillow's readers raise many kinds for broken files
+        return " ".join(str(error).split()) or type(error).__name__
+    return (image.height, image.width) if turned else (image.width, image.height)

@@ -13,8 +13,8 @@ from typing import Any
 
 from webdataset.writer import TarWriter
 
-from lit_transfer.data.manifest import Shard
 from lit_transfer.data.packing.pictures import Picture
+from lit_transfer.data.schema import Shard
 
 # Everything that tar would else take from the clock or the account.
 _FIXED = {"mtime": 0, "user": "lit_transfer", "group": "lit_transfer", "mode": 0o644, "encoder": False}
