@@ -13,7 +13,7 @@ from pathlib import Path
 from lit_transfer.config import Config, Stream
 from lit_transfer.config import Trainer as TrainerConfig
 from lit_transfer.data.manifest import is_dataset
-from lit_transfer.data.module import Samples, check_same_labels, open_stream, shard_cache
+from lit_transfer.data.streams import Samples, check_same_labels, open_stream, shard_cache
 from lit_transfer.errors import UserError, require
 from lit_transfer.evaluation import Evaluation, check_column, predict_samples, write_report
 from lit_transfer.launch import run as run_verb

@@ -18,8 +18,8 @@ import yaml
 from lit_transfer.config import Config
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.manifest import is_dataset
-from lit_transfer.data.module import Samples, open_streams
 from lit_transfer.data.plan import share
+from lit_transfer.data.streams import Samples, open_streams
 from lit_transfer.errors import UserError, require
 from lit_transfer.launch import run
 from lit_transfer.launch.options import Parser, read_config

@@ -17,7 +17,7 @@ import torch
 
 from lit_transfer import report
 from lit_transfer.config import Config
-from lit_transfer.data.module import open_streams
+from lit_transfer.data.streams import open_streams
 from lit_transfer.evaluation import conclude
 from lit_transfer.launch import run as run_verb
 from lit_transfer.launch.options import read_config

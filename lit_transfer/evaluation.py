@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lit_transfer.config import Config
 from lit_transfer.data.decode import Preprocessing, open_rgb
-from lit_transfer.data.module import Samples
 from lit_transfer.data.packing.names import natural_key
 from lit_transfer.data.quarantine import FILE_NAME as QUARANTINE
 from lit_transfer.data.quarantine import Quarantine
 from lit_transfer.data.store import ShardReader
+from lit_transfer.data.streams import Samples
 from lit_transfer.errors import nearest, require
 from lit_transfer.files import write_json
 from lit_transfer.model.module import Predictions, TransferModule

@@ -16,9 +16,9 @@ from torch import nn
 from lit_transfer.config import Config
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.manifest import Manifest
-from lit_transfer.data.module import Samples, open_streams
 from lit_transfer.data.packing.items import Pack
 from lit_transfer.data.packing.pack import pack
+from lit_transfer.data.streams import Samples, open_streams
 from lit_transfer.evaluation import conclude
 from lit_transfer.launch.train import prepare_job
 from lit_transfer.model.backbone import build_backbone

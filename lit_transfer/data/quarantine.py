@@ -55,7 +55,8 @@ class Quarantine:
             os.close(file)
 
     def count(self, stream: str, epoch: int, damaged: int, samples: int) -> None:
-        """Add what all ranks have met since the last call; each sample is met once an epoch.
+        """Add what all ranks have met since the last call; each sample is met once an epoch, or as often as
+        `data.order.balance` draws it.
 
         Raises:
             UserError: too many of the stream's `samples` are damaged; on all ranks at once.

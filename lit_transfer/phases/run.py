@@ -24,9 +24,10 @@ from timm.layers import convert_sync_batchnorm
 
 from lit_transfer.config import Config
 from lit_transfer.data.decode import Preprocessing
-from lit_transfer.data.module import ImageData, Samples
+from lit_transfer.data.module import ImageData
 from lit_transfer.data.quarantine import FILE_NAME as QUARANTINE
 from lit_transfer.data.quarantine import Quarantine
+from lit_transfer.data.streams import Samples
 from lit_transfer.model.augment import scaled
 from lit_transfer.model.ema import Ema
 from lit_transfer.model.memory import peak_memory_mib, reset_peak_memory
@@ -242,7 +243,7 @@ def _end_phase(
         files.finish(job.network, result, steps.monitor.best_step)
         for earlier in before:
             PhaseFiles(job.run.checkpoints(earlier.name)).prune()
-        print(f"phase {result.name} ended after {result.steps} steps: {result.reason}", flush=True)
+        print(f"phase {result.name} ended after {_count(result.steps)}: {result.reason}", flush=True)
     trainer.strategy.barrier()
     if trainer.strategy.reduce_boolean_decision(steps.stop(), all=False):
         raise Stopped
@@ -269,5 +270,8 @@ def _result(plan: PhasePlan, steps: Steps, before: Sequence[PhaseResult]) -> Pha
 def _announce(plan: PhasePlan, steps_done: int) -> None:
     rates = ", ".join(f"{name} {lr:g}" for name, lr in plan.rates.items())
     what = f"goes on from step {steps_done} of" if steps_done else "begins:"
-    steps = f"{plan.max_steps} step{'s' if plan.max_steps > 1 else ''}"
-    print(f"phase {plan.phase.name} {what} {steps}; learning rates {rates}", flush=True)
+    print(f"phase {plan.phase.name} {what} {_count(plan.max_steps)}; learning rates {rates}", flush=True)
+
+
+def _count(steps: int) -> str:
+    return f"{steps} step{'' if steps == 1 else 's'}"

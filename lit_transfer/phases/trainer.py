@@ -14,7 +14,8 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_transfer.config import Trainer as TrainerConfig
-from lit_transfer.data.module import ImageData, Samples
+from lit_transfer.data.module import ImageData
+from lit_transfer.data.streams import Samples
 from lit_transfer.errors import require
 from lit_transfer.model.module import Predictions, TransferModule
 

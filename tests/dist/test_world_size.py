@@ -14,7 +14,8 @@ from digits import digits
 from ranks import write_config
 
 from lit_transfer.config import Data, Stream
-from lit_transfer.data.module import TrainSampler, open_streams
+from lit_transfer.data.samplers import TrainSampler
+from lit_transfer.data.streams import open_streams
 from lit_transfer.data.plan import PADDING
 
 WORKER = Path(__file__).with_name("resume_worker.py")

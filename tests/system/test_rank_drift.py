@@ -16,7 +16,8 @@ import torch
 
 from lit_transfer.config import Config
 from lit_transfer.config import Trainer as TrainerConfig
-from lit_transfer.data.module import ImageData, open_streams
+from lit_transfer.data.module import ImageData
+from lit_transfer.data.streams import open_streams
 from lit_transfer.model.augment import eval_input, settle_image
 from lit_transfer.model.backbone import build_backbone
 from lit_transfer.model.network import Layout, Network

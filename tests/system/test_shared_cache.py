@@ -16,8 +16,8 @@ from system.servers import FaultServer
 from lit_transfer.config import Cache, Data, Stream
 from lit_transfer.data import reach
 from lit_transfer.data.cache import ShardCache
-from lit_transfer.data.module import open_streams
 from lit_transfer.data.store import ShardReader
+from lit_transfer.data.streams import open_streams
 
 SIZE = 200_000
 FILES = {f"{i}.tar": hashlib.shake_128(bytes([i])).digest(SIZE) for i in range(4)}

@@ -16,9 +16,9 @@ import pytest
 
 from lit_transfer.config import Stream
 from lit_transfer.data.manifest import Manifest, joined_digest
-from lit_transfer.data.module import open_stream
 from lit_transfer.data.packing.record import compute_digest, write_manifest
 from lit_transfer.data.schema import FILE_NAME, LABEL_TYPES, SAMPLE_COLUMNS, Label, Shard
+from lit_transfer.data.streams import open_stream
 from lit_transfer.errors import UserError
 from lit_transfer.reading import parse
 

@@ -12,8 +12,10 @@ from packing import damage
 from lit_transfer.config import Data, Order, Stream
 from lit_transfer.data import plan
 from lit_transfer.data.decode import Preprocessing
-from lit_transfer.data.module import SampleDataset, Samples, TrainSampler, open_streams
+from lit_transfer.data.module import SampleDataset
 from lit_transfer.data.quarantine import Quarantine
+from lit_transfer.data.samplers import TrainSampler
+from lit_transfer.data.streams import Samples, open_streams
 from lit_transfer.errors import UserError
 
 SMALL = Preprocessing(size=8, canvas=8, fit="crop", interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))

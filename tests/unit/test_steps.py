@@ -251,7 +251,7 @@ def test_each_phase_says_when_it_begins_and_why_it_ended(trainee: Trainee, capsy
         "phase head begins: 2 steps; learning rates head 0.1",
         "phase head ended after 2 steps: max_steps 2 reached",
         "phase b begins: 1 step; learning rates backbone 0.01, head 0.1",
-        "phase b ended after 1 steps: max_steps 1 reached",
+        "phase b ended after 1 step: max_steps 1 reached",
     ]
 
 
@@ -270,7 +270,7 @@ def test_parts_of_a_step_give_the_step(trainee: Trainee) -> None:
 
 
 def test_compiled_phases_train_as_others_do(trainee: Trainee) -> None:
-    """Two phases, so that a frame of the first would be taken by the second if it were not dropped."""
+    """Frozen and thawed; that no frame of another phase is taken is in `test_network.py`."""
     ends = []
     for compiled in (False, True):
         plain = {"optimizer": "sgd", "lr": 0.01, "max_steps": 4, "compile": compiled}
