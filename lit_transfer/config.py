@@ -64,7 +64,7 @@ class Order:
     Args:
         balance: `none` has each sample once an epoch; `classes` has every class as often; `weights` has samples in
             proportion to the dataset's weight column, which the loss then leaves out.
-        block_shards: shards whose samples are mixed with each other; null mixes all.
+        block_shards: shards whose samples are mixed with each other; null mixes all of a partition.
         partitions: parts of the dataset of which each global batch has equal shares; where nodes divide them, a node
             reads its own part. They must divide global_batch.
         last_batch: what becomes of an epoch's last batch where it is not full.

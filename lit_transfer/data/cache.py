@@ -48,6 +48,10 @@ class _Entry:
     planned_bytes: int
 
 
+class WrongContent(UserError):
+    """A file was downloaded twice, and both times is not what its manifest says."""
+
+
 class _NoRoom(Exception):
     """The cache cannot hold the file, and why; it is read through."""
 
@@ -227,7 +231,7 @@ class ShardCache:
                 return
             os.ftruncate(claim.descriptor, 0)
         claim.path.unlink()
-        raise UserError(
+        raise WrongContent(
             f"{reach.shown(address)} has the sha256 {found}, not {sha256} as in its manifest, twice; it was changed "
             "or damaged: copy or prepare it again."
         )

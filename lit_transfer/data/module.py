@@ -70,7 +70,7 @@ class SampleDataset(Dataset[dict[str, Any]]):
             "row": torch.from_numpy(np.where(valid, rows, plan.PADDING)),
             "valid": torch.from_numpy(valid),
             "entries": torch.tensor(batch.entries),
-            "damaged": [damaged[row] for row in dict.fromkeys(batch.rows.tolist()) if row in damaged],
+            "damaged": [damaged[row] for row in batch.rows.tolist() if row in damaged],
         }
         if self.augment_seed is not None:
             item["epoch"] = torch.tensor(batch.epoch)
@@ -80,7 +80,7 @@ class SampleDataset(Dataset[dict[str, Any]]):
     def _picture(self, row: int, epoch: int, damaged: dict[int, dict[str, Any]]) -> tuple[int, NDArray[np.uint8]]:
         """A row's canvas, or that of the row that replaces it; what is damaged is added to `damaged`."""
         for attempt in range(SUBSTITUTES):
-            used = row if attempt == 0 else plan.substitute(self.samples.rows, row, epoch, attempt)
+            used = row if attempt == 0 else self._substitute(row, epoch, attempt)
             try:
                 return used, decode(self.reader.read(used), self.preprocessing)
             except (DamagedSample, DecodeError) as error:
@@ -90,6 +90,16 @@ class SampleDataset(Dataset[dict[str, Any]]):
             f"{damaged[row]['address']}: sample {damaged[row]['key']} and {SUBSTITUTES - 1} others that could stand in "
             "for it are damaged; run `lit-transfer prepare --verify` on the dataset."
         )
+
+    def _substitute(self, row: int, epoch: int, attempt: int) -> int:
+        """Another row of the stream: of the same class, or of those that are drawn at all, where `balance` says so."""
+        rows = self.samples.rows
+        if self.balance == "classes":
+            rows = rows[self.samples.targets[rows] == self.samples.targets[row]]
+        elif self.balance == "weights":
+            rows = rows[self.samples.weights[rows] > 0]
+        seed = self.augment_seed or 0
+        return plan.substitute(rows, row, self.samples.manifest.digest, seed, epoch, attempt)
 
     def _damage(self, row: int, error: Exception) -> dict[str, Any]:
         address, offset = self.reader.place(row)

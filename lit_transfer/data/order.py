@@ -48,7 +48,7 @@ def epoch_rows(
     of_rows = shards[rows].astype(np.int64)
     count = int(of_rows.max()) + 1
     shard_words = words(digest, seed, epoch, "shards", count)
-    rows = rows[partitioned(of_rows, shard_words, row_words, order.block_shards or 1)]
+    rows = rows[partitioned(of_rows, shard_words, row_words, order.block_shards, order.partitions)]
     return interleaved(rows, order.partitions, global_batch)
 
 
@@ -83,23 +83,34 @@ def class_weights(targets: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def partitioned(
-    shards: NDArray[np.int64], shard_words: NDArray[np.uint64], row_words: NDArray[np.uint64], block_shards: int
+    shards: NDArray[np.int64],
+    shard_words: NDArray[np.uint64],
+    row_words: NDArray[np.uint64],
+    block_shards: int | None,
+    partitions: int,
 ) -> NDArray[np.int64]:
-    """A permutation of N rows: shards in random order, and rows at random within each `block_shards` of them.
+    """A permutation of N rows: shards in random order, cut into equal parts, and rows at random within each block.
 
-    Cut into equal parts it gives the canonical partitions: each reads a few shards at a time, and shares at most one
-    with its neighbour.
+    A part shares at most one shard with the next, and no block reaches over its end. The rows that are left over where
+    parts do not divide N come last.
 
     Args:
         shards: of each row, [N].
         shard_words: a random word for each shard of the dataset.
         row_words: a random word for each row, [N].
-        block_shards: shards that are mixed with each other.
+        block_shards: shards of a part that are mixed with each other; None mixes all of a part.
+        partitions: how many parts.
     """
     present = np.unique(shards)
     place = np.empty(int(present[-1]) + 1, np.int64)
     place[present[np.argsort(shard_words[present], kind="stable")]] = np.arange(len(present))
-    return np.lexsort((row_words, place[shards] // block_shards))
+    by_shard = np.argsort(place[shards], kind="stable")
+    size = max(1, len(shards) // partitions)
+    part = np.arange(len(shards)) // size
+    places = place[shards[by_shard]]
+    block = np.empty(len(shards), np.int64)
+    block[by_shard] = part * len(present) + (places - places[part * size]) // (block_shards or len(present))
+    return np.lexsort((row_words, block))
 
 
 def interleaved(rows: Rows, partitions: int, global_batch: int) -> Rows:

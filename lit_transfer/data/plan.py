@@ -39,9 +39,9 @@ def shuffled(rows: Rows, digest: str, seed: int, epoch: int | str) -> Rows:
     return rows[np.argsort(words(digest, seed, epoch, "", len(rows)), kind="stable")]
 
 
-def substitute(rows: Rows, row: int, epoch: int, attempt: int) -> int:
-    """The row that stands in for a damaged one in an epoch: a pure function, so the same on every rank."""
-    return int(rows[words(str(row), attempt, epoch, "substitute", 1)[0] % len(rows)])
+def substitute(rows: Rows, row: int, digest: str, seed: int, epoch: int, attempt: int) -> int:
+    """The one of `rows` that stands in for a damaged row in an epoch: a pure function, so the same on every rank."""
+    return int(rows[words(digest, seed, epoch, f"substitute|{row}|{attempt}", 1)[0] % len(rows)])
 
 
 def share(samples: int, fraction: float) -> int:

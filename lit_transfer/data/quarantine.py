@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,10 @@ class Quarantine:
             return
         known = {(entry["stream"], entry["address"], entry["offset"]) for entry in self.entries()}
         new = [d for d in damages if (stream, d["address"], d["offset"]) not in known]
+        new = list({(d["address"], d["offset"]): d for d in new}.values())
         text = "".join(json.dumps({"stream": stream} | damage, ensure_ascii=False) + "\n" for damage in new)
+        if self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
+            text = "\n" + text  # a killed process has left half a line
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
@@ -73,8 +77,11 @@ class Quarantine:
             )
 
     def entries(self) -> list[dict[str, Any]]:
-        """What is listed; a line that a killed process has cut short is not."""
+        """What is listed; lines that a killed process has cut short are not."""
         if self.path is None or not self.path.is_file():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines if line]
+        found = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+        return found

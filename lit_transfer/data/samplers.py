@@ -63,9 +63,9 @@ class TrainSampler(Sampler[plan.Batch]):
                 order, order_epoch = self.epoch_rows(epoch), epoch
             rows = plan.step_rows(order, step, self.global_batch)
             entries = self.samples.entries(rows)
+            mine = plan.slice_of(rows, self.rank, self.ranks)  # first: a rank's slice stays in its partition
             for part in range(self.parts):
-                mine = plan.slice_of(plan.slice_of(rows, part, self.parts), self.rank, self.ranks)
-                yield plan.Batch(epoch, mine, entries)
+                yield plan.Batch(epoch, plan.slice_of(mine, part, self.parts), entries)
 
     def epoch_rows(self, epoch: int) -> plan.Rows:
         """The rows of an epoch of the run, in order: the plan, the same on every rank."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_transfer.config import Cache, Data, Stream
-from lit_transfer.data import plan
+from lit_transfer.data import plan, reach
 from lit_transfer.data.cache import ShardCache, default_folder
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.errors import nearest, require
@@ -34,9 +35,9 @@ class Samples:
     targets: NDArray[Any]
     unlabelled: int
 
-    @property
+    @cached_property
     def weights(self) -> NDArray[np.float32]:
-        """Of every manifest row, [M]; mapped, not held."""
+        """Of every manifest row, [M]; mapped where the dataset is one manifest."""
         return np.asarray(self.manifest.table["weight"].to_numpy())
 
     @property
@@ -56,6 +57,12 @@ def open_stream(stream: Stream, label: str | None, seed: int, cache: ShardCache 
     Raises:
         UserError: the manifest, the split or the label column is missing, or no sample has a label.
     """
+    for place in [stream.manifest] if isinstance(stream.manifest, str) else stream.manifest:
+        require(
+            not reach.is_remote(place) or reach.shown(place) == place,
+            f"'{reach.shown(place)}' is given with credentials, which the run directory would keep; take them from the "
+            "environment or ~/.netrc.",
+        )
     manifest = Manifest.open(stream.manifest, cache)
     names = [known.name for known in manifest.labels]
     require(bool(names), f"{manifest.name} has no labels; training and evaluation need a labelled dataset.")

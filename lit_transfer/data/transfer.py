@@ -285,12 +285,14 @@ def _error_code(response: requests.Response) -> str:
 def _retry_after_s(response: requests.Response) -> float | None:
     """Seconds that the server asks to wait: a number or a date (RFC 9110, 10.2.3)."""
     value = response.headers.get("Retry-After", "")
-    if value.isdigit():
+    if re.fullmatch("[0-9]+", value):
         return float(value)
     try:
         date = email.utils.parsedate_to_datetime(value)
     except ValueError:
         return None
+    if date.tzinfo is None:  # written with the zone -0000, or none
+        date = date.replace(tzinfo=datetime.UTC)
     return max(0.0, (date - datetime.datetime.now(datetime.UTC)).total_seconds())
 
 

@@ -399,3 +399,15 @@ def test_the_command_takes_what_a_shell_expands(written: list[Path], capsys: pyt
         main(["--index", "--help"])
     assert "max_rejected_fraction" in capsys.readouterr().out
     assert np.array_equal(Manifest.open(written[0].parent).class_counts().sum(axis=0), [13, 12, 0])
+
+
+def test_shards_whose_labels_were_changed_are_not_taken_for_those_that_were_indexed(written: list[Path]) -> None:
+    first = indexed(*written)
+    assert indexed(*written).digest == first.digest
+    with tarfile.open(written[0]) as tar:
+        place = next(member.offset_data for member in tar if member.name.endswith(".cls"))
+    data = bytearray(written[0].read_bytes())
+    data[place] = ord("1")  # of the same length: names and sizes of the shards stay
+    written[0].write_bytes(data)
+    with pytest.raises(UserError, match=r"was made of other shards: train-000\.tar changed since; remove its manifest"):
+        indexed(*written)

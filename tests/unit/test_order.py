@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -9,8 +11,9 @@ ROWS = np.arange(100, 1100, dtype=np.int64)
 SHARDS = np.repeat(np.arange(20), 50)
 
 
-def order(block_shards: int, epoch: int = 0) -> np.ndarray:
-    return partitioned(SHARDS, words("d", 0, epoch, "shards", 20), words("d", 0, epoch, "", 1000), block_shards)
+def order(block_shards: int | None, partitions: int = 1, epoch: int = 0) -> np.ndarray:
+    random = words("d", 0, epoch, "shards", 20), words("d", 0, epoch, "", 1000)
+    return partitioned(SHARDS, *random, block_shards, partitions)
 
 
 def test_words_depend_on_all_that_names_them_and_on_nothing_else() -> None:
@@ -57,6 +60,25 @@ def test_one_block_is_a_full_shuffle() -> None:
     assert np.array_equal(order(block_shards=20), np.argsort(words("d", 0, 0, "", 1000), kind="stable"))
 
 
+@pytest.mark.parametrize("block_shards", [1, 4, 9, None])
+@pytest.mark.parametrize("partitions", [2, 3, 7])
+def test_partitions_share_one_shard_at_most_and_mix_their_blocks(partitions: int, block_shards: int | None) -> None:
+    found = order(block_shards, partitions)
+    assert sorted(found) == list(range(1000))
+    size = 1000 // partitions
+    parts = [SHARDS[found[i * size : (i + 1) * size]] for i in range(partitions)]
+    assert all(len({*one} & {*other}) <= 1 for one, other in itertools.pairwise(parts))
+    assert sum(len({*part}) for part in parts) <= 20 + partitions - 1
+    assert any(list(dict.fromkeys(part)) != sorted({*part}) for part in parts), "shards stand at random"
+    for part in parts:
+        met = list(dict.fromkeys(part))
+        for block in (met[i : i + (block_shards or 20)] for i in range(0, len(met), block_shards or 20)):
+            places = np.flatnonzero(np.isin(part, block))
+            assert places[-1] - places[0] + 1 == len(places), "blocks are counted from the start of the part"
+            # The first and the last shard of a part may be no more than a row of it.
+            assert len({*part[places[:60]]}) >= len(block) - 2, "all of a block is mixed"
+
+
 @pytest.mark.parametrize(("partitions", "batch"), [(1, 7), (2, 8), (4, 8), (4, 12)])
 def test_every_batch_has_its_share_of_every_partition(partitions: int, batch: int) -> None:
     found = interleaved(ROWS, partitions, batch)
@@ -67,10 +89,11 @@ def test_every_batch_has_its_share_of_every_partition(partitions: int, batch: in
         assert parts.tolist() == np.repeat(np.arange(partitions), batch // partitions).tolist()
 
 
+@pytest.mark.parametrize("block_shards", [1, 2, 16, None])
 @pytest.mark.parametrize("nodes", [1, 2, 4])
-def test_a_node_reads_its_share_of_the_shards(nodes: int) -> None:
-    found = interleaved(order(block_shards=2), 4, 16)
-    read = [set() for _ in range(nodes)]
+def test_a_node_reads_its_share_of_the_shards(nodes: int, block_shards: int | None) -> None:
+    found = interleaved(order(block_shards, 4), 4, 16)
+    read: list[set[int]] = [set() for _ in range(nodes)]
     for step in range(1000 // 16):
         for node, rows in enumerate(found[step * 16 : step * 16 + 16].reshape(nodes, -1)):
             read[node] |= set(SHARDS[rows])

@@ -55,10 +55,19 @@ def test_a_damaged_sample_is_replaced_by_the_same_other_one_on_any_ranks(samples
     assert found[0]["address"].endswith(".tar") and found[0]["offset"] > 0
     for ranks in (2, 3):
         assert rows_of(samples, ranks) == (one, found)
-    stand_in = plan.substitute(samples.rows, row, 0, 1)
+    stand_in = plan.substitute(samples.rows, row, samples.manifest.digest, 1, 0, 1)
     order = TrainSampler(samples, seed=1, global_batch=8, steps=range(3)).epoch_rows(0)
     assert one[order.tolist().index(row)] == samples.targets[stand_in]
-    assert {plan.substitute(samples.rows, row, epoch, 1) for epoch in range(9)} != {stand_in}
+    digest = samples.manifest.digest
+    assert {plan.substitute(samples.rows, row, digest, 1, epoch, 1) for epoch in range(9)} != {stand_in}
+
+
+def test_a_stand_in_keeps_the_balance(samples: Samples) -> None:
+    row = int(samples.rows[2])
+    for epoch in range(12):
+        item = SampleDataset(samples, SMALL, 1, "classes")[plan.Batch(epoch, np.array([row, row]))]
+        assert item["target"].tolist() == [samples.targets[row]] * 2
+        assert len(item["damaged"]) == 2, "each time that it is drawn"
 
 
 def test_a_damaged_sample_is_masked_where_it_would_be_measured(samples: Samples) -> None:
@@ -86,6 +95,8 @@ def test_each_damage_is_listed_once_whoever_meets_it(tmp_path: Path) -> None:
     with (tmp_path / "q.jsonl").open("a") as file:
         file.write('{"stream": "tr')
     assert len(first.entries()) == 3, "a line that was cut short"
+    second.add("val", [entry | {"key": "c", "offset": 2048}])
+    assert [e["key"] for e in first.entries()] == ["a", "b", "a", "c"], "what follows it is not lost"
 
 
 def test_too_many_in_one_epoch_stop_the_run() -> None:

@@ -160,7 +160,7 @@ def test_a_phase_may_go_on_from_any_step(dataset: Manifest, parts: int, ranks: i
     for step in range(8):
         epoch = 1 + step // STEPS
         rows = plan.step_rows(plan.shuffled(samples.rows, dataset.digest, 5, epoch), step % STEPS, 6)
-        read = [whole[rank][step * parts + part] for part in range(parts) for rank in range(ranks)]
+        read = [whole[rank][step * parts + part] for rank in range(ranks) for part in range(parts)]
         assert [row for batch in read for row in batch.rows if row != plan.PADDING] == rows.tolist()
         assert {(batch.epoch, batch.entries) for batch in read} == {(epoch, len(rows))}
 
@@ -247,3 +247,10 @@ def test_damaged_bytes_are_refused(tmp_path: Path, damage: str) -> None:
         UserError, match=r"\(row 2\) are not those that were packed; run `lit-transfer prepare --verify`"
     ):
         ShardReader(manifest).read(2)
+
+
+def test_an_address_with_credentials_is_refused_before_it_is_written_anywhere() -> None:
+    for address in ("https://user:secret@host/d", "https://host/d?token=secret"):
+        with pytest.raises(UserError, match="is given with credentials") as told:
+            open_stream(Stream(manifest=address, split="train"), None, seed=0)
+        assert "secret" not in str(told.value)

@@ -105,7 +105,9 @@ def index(settings: Index, progress: bool = False) -> Packed:
     sizes = list(ordered(reach.size, addresses, settings.workers))
     recorded = _recorded(settings, names, sizes)
     if (out / FILE_NAME).exists():
-        return reuse(out, recorded)
+        packed = reuse(out, recorded)
+        _refuse_changed(packed.manifest, list(ordered(_sha256, addresses, settings.workers)))
+        return packed
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="indexing", disable=not progress) as bar:
         tick = ticker(bar)
         scans = list(
@@ -211,6 +213,23 @@ def _recorded(settings: Index, names: Sequence[str], sizes: Sequence[int]) -> di
             plain[name] = hashlib.sha256(Path(plain[name]).read_bytes()).hexdigest()
     shards = json.dumps(list(zip(names, sizes, strict=True))).encode()
     return {INDEXED: len(names), **plain, "fingerprint": hashlib.sha256(shards).hexdigest()}
+
+
+def _sha256(address: str) -> str:
+    sha = hashlib.sha256()
+    for piece in reach.stream(address):
+        sha.update(piece)
+    return sha.hexdigest()
+
+
+def _refuse_changed(manifest: Manifest, found: Sequence[str]) -> None:
+    """Names and lengths can stay where labels were changed: tars are padded."""
+    changed = [shard.name for shard, sha256 in zip(manifest.shards, found, strict=True) if shard.sha256 != sha256]
+    require(
+        not changed,
+        f"{manifest.name} was made of other shards: {', '.join(changed[:5])} changed since; remove its {FILE_NAME} to "
+        "index them again.",
+    )
 
 
 def _refuse_damage(names: Sequence[str], scans: Sequence[Scan]) -> None:

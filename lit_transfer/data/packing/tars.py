@@ -56,7 +56,8 @@ class Forward:
 
     def seek(self, place: int) -> int:
         """Read on to a place, or to the end if that comes first."""
-        assert place >= self.place, "a stream is only read forward"
+        if place < self.place:  # only a negative size leads back
+            raise tarfile.ReadError("a member with a negative size")
         while self.place < place and self.read(min(_PIECE_BYTES, place - self.place)):
             pass
         return self.place
