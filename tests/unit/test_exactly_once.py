@@ -64,6 +64,13 @@ def made(folder: Path, shards: Sequence[tuple[str, int]]) -> Samples:
     return open_stream(Stream(manifest=str(manifest.path), split="train"), None, seed=0)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_stream_has_the_labelled_samples_of_its_shards(streams: dict[str, Samples], layout: str) -> None:
+    splits = [split for split, count in LAYOUTS[layout] for _ in range(count)]
+    expected = [f"{n:03d}" for n, split in enumerate(splits) if split == "train" and n % 6 != 5]
+    assert keys(streams[layout], streams[layout].rows.tolist()) == expected
+
+
 def training(samples: Samples, order: Order, batch: int, parts: int, ranks: int) -> list[TrainSampler]:
     """The samplers of all ranks for some epochs."""
     steps = range(EPOCHS * plan.steps_per_epoch(len(samples.rows), batch, order.last_batch))
@@ -109,12 +116,13 @@ def test_the_samplers_of_all_ranks_train_on_each_sample_once(
         for ranks in (1, 2, 3, 4):
             epochs: dict[int, list[int]] = {epoch: [] for epoch in range(EPOCHS)}
             steps = in_step(training(samples, settings, batch, parts, ranks))
-            for step in steps:
-                assert len({(one.epoch, one.entries) for one in step}) == 1
-                epochs[step[0].epoch] += real(np.concatenate([one.rows for one in step]))
             for number in range(0, len(steps), parts):
-                of_step = [real(one.rows) for part in steps[number : number + parts] for one in part]
-                assert sum(map(len, of_step)) == steps[number][0].entries, "what the step's loss is divided by"
+                of_step = steps[number : number + parts]
+                seen = [row for of_rank in zip(*of_step, strict=True) for one in of_rank for row in real(one.rows)]
+                epoch = of_step[0][0].epoch
+                # The loss of a step is divided by its entries: here one a sample.
+                assert {(one.epoch, one.entries) for part in of_step for one in part} == {(epoch, len(seen))}
+                epochs[epoch] += seen
             for seen in epochs.values():
                 assert_seen(samples, settings, batch, seen)
             alone = alone or epochs
@@ -225,6 +233,10 @@ def masked(items: Sequence[Item], name: str) -> torch.Tensor:
 
 def pictures(samples: Samples, rows: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(np.stack([decode(payload(samples.manifest, row), SMALL) for row in rows]))
+
+
+def stand_in(samples: Samples, row: int, epoch: int) -> int:
+    return plan.substitute(samples.rows, row, samples.manifest.digest, SEED, epoch, 1)
 
 
 def keys(samples: Samples, rows: Sequence[int]) -> list[str]:
