@@ -95,8 +95,8 @@ def test_each_damage_is_listed_once_whoever_meets_it(tmp_path: Path) -> None:
     with (tmp_path / "q.jsonl").open("a") as file:
         file.write('{"stream": "tr')
     assert len(first.entries()) == 3, "a line that was cut short"
-    second.add("val", [entry | {"key": "c", "offset": 2048}])
-    assert [e["key"] for e in first.entries()] == ["a", "b", "a", "c"], "what follows it is not lost"
+    second.add("val", [entry | {"key": "c\u2028d", "offset": 2048}])
+    assert [e["key"] for e in first.entries()] == ["a", "b", "a", "c\u2028d"], "what follows it is not lost"
 
 
 def test_too_many_in_one_epoch_stop_the_run() -> None:
