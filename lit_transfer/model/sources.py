@@ -17,18 +17,12 @@ from torch import nn
 
 from lit_transfer.config import Image
 from lit_transfer.errors import UserError, nearest, require
-from lit_transfer.model import weights
+from lit_transfer.model import caffe, weights
 from lit_transfer.model.families import table_of
 from lit_transfer.model.stages import Table, find_cut, owners, starts_with, tensor_names
 from lit_transfer.recipe import Model
 
-IMAGENET = Image(
-    size=224,
-    crop=0.875,
-    interpolation="bilinear",
-    mean=[0.485, 0.456, 0.406],
-    std=[0.229, 0.224, 0.225],
-)
+IMAGENET = Image(size=224, crop=0.875, interpolation="bilinear", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 
 @dataclass(frozen=True)
@@ -91,13 +85,21 @@ def _build(model: Model, image_size: int | None, device: str, load_weights: bool
         changed = [key for key, default in _MATCHING.items() if getattr(model, key) != default]
         told = f"model.{' and model.'.join(changed)}: only weights file:, package: and run: take it"
         require(not changed, f"{told}; remove it, or name another model.weights.")
-    kind, _, name = model.backbone.partition("/" if model.backbone.startswith(("timm/", "torchvision/")) else ":")
-    kinds = "timm/NAME, torchvision/NAME, hf-hub:REPO, local-dir:DIR or module:callable"
+    named = model.backbone.startswith(("timm/", "torchvision/", "caffe/"))
+    kind, _, name = model.backbone.partition("/" if named else ":")
+    kinds = "timm/NAME, torchvision/NAME, caffe/alexnet, hf-hub:REPO, local-dir:DIR or module:callable"
     require(bool(name), f"model.backbone '{model.backbone}' is not {kinds}.")
     if kind == "torchvision":
         network = _torchvision(name, model, image_size, device, pretrained)
     elif kind in ("timm", "hf-hub", "local-dir"):
         network = _timm(name if kind == "timm" else model.backbone, model, image_size, device, pretrained)
+    elif kind == "caffe":
+        require(
+            name == "alexnet",
+            f"model.backbone '{model.backbone}': of Caffe's networks only caffe/alexnet is known; name that.",
+        )
+        net = _make(caffe.AlexNet, device)
+        network = Built(net, (caffe.AlexNet.classifier,), table_of(net), caffe.IMAGE)
     else:
         network = _from_callable(kind, name, device, pretrained)
     _quiet_dropout(network)

@@ -18,6 +18,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from lit_transfer.errors import UserError, require
+from lit_transfer.model import caffe
 from lit_transfer.model.stages import starts_with
 from lit_transfer.recipe import Model
 
@@ -44,7 +45,7 @@ class Source:
 
 
 def find(weights: str) -> Source:
-    """The file that `file:PATH`, `package:MODULE[:relative/path]` or `run:DIR` means.
+    """The file that `file:PATH`, `caffe_npy:PATH`, `package:MODULE[:relative/path]` or `run:DIR` means.
 
     Raises:
         UserError: there is no such file, or a package holds several.
@@ -145,7 +146,8 @@ def load(
     """
     assert path is not None
     target = net.state_dict()
-    tensors = _strip(read(path), path, RUN_PREFIX if model.weights.startswith("run:") else model.strip_prefix)
+    held = caffe.read(path) if model.weights.startswith("caffe_npy:") else read(path)
+    tensors = _strip(held, path, RUN_PREFIX if model.weights.startswith("run:") else model.strip_prefix)
     if model.weights.startswith("run:"):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     if not any(map(_is_counter, tensors)):

@@ -55,6 +55,7 @@ NETWORKS = {
     "torchvision/convnext_tiny": (64, "stem, stage1 to stage4, top"),
     "torchvision/swin_t": (64, "stem, stage1 to stage4, top"),
     "torchvision/vit_b_16": (32, "stem, encoder_layer_0 to encoder_layer_11, top"),
+    "caffe/alexnet": (199, "conv1 to conv5, fc6, fc7"),
     "timm/resnet50": (64, "stem, layer1 to layer4"),
     "timm/tf_efficientnet_lite0": (64, "stem, blocks.0 to blocks.6, top"),
     "timm/mobilenetv4_conv_small": (64, "stem, blocks.0 to blocks.4, top"),
