@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from lit_transfer.data.manifest import Manifest
@@ -29,6 +29,9 @@ INDEX_DOC = """`lit-transfer prepare --index SHARD [SHARD ...] [--config FILE] [
 The shards, which others wrote, are streamed once and stay as they are.
 """
 VERIFY_DOC = "`lit-transfer prepare --verify DIR_OR_ADDRESS [--workers N]`: compare a dataset with its manifest."
+
+MIXED = 0.8
+"""Share of the classes that a shard of mixed samples would hold, below which shards count as sorted."""
 
 SettingsT = TypeVar("SettingsT")
 
@@ -73,6 +76,7 @@ def summary(packed: Packed, done: str, seconds: float) -> str:
     lines.append(f"  rejected  {packed.rejected}" + (" (see rejected.csv)" if packed.rejected else ""))
     if packed.ignored:
         lines.append(f"  ignored   {packed.ignored} files that are no pictures")
+    lines += [f"  warning   {told}" for told in _unmixed(manifest)]
     for column, what in (("group", "groups stand"), ("hash", "pictures stand, byte for byte,")):
         if straddling := manifest.straddling(column):
             lines.append(f"  warning   {straddling} {what} in more than one split")
@@ -81,13 +85,25 @@ def summary(packed: Packed, done: str, seconds: float) -> str:
 
 
 def _told(manifest: Manifest, label: Label) -> str:
-    """The classes; if they are few, with their samples over all shards, the missing ones last."""
+    """The classes, with their samples over all shards, if they are few also the missing ones."""
     names = label.display
-    if len(names) > 8:
-        return f"{', '.join(names[:6])}, ... ({len(names)} classes)"
     counts = manifest.class_counts(label.name).sum(axis=0).tolist()
+    if len(names) > 8:
+        return f"{', '.join(names[:6])}, ... ({len(names)} classes of {min(counts[:-1])} to {max(counts[:-1])} samples)"
     told = zip((*names, "missing"), counts, strict=True)
     return ", ".join(f"{name} {count}" for name, count in told if name in names or count)
+
+
+def _unmixed(manifest: Manifest) -> Iterator[str]:
+    """Labels by whose classes the shards are sorted, at least in part."""
+    for label in manifest.labels:
+        if label.classes:
+            found, mixed = manifest.mixing(label.name)
+            if found < MIXED * mixed:
+                yield (
+                    f"a shard holds {found:.1f} of the {len(label.classes)} classes of '{label.name}' on average, "
+                    f"mixed ones would hold {mixed:.1f}; leave data.order.block_shards null, or a batch has few classes"
+                )
 
 
 def verdict(checked: Verified, seconds: float) -> str:

@@ -10,7 +10,7 @@ import os
 import secrets
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -269,27 +269,25 @@ class Recorder:
         self.totals["wait_seconds"] += waited
         self._window["wait"] += waited
 
-    def step_ended(self, step: int, loss: float, optimizer: torch.optim.Optimizer) -> None:
-        """Count the images of a step of the phase, counted from 1; a row every `log_every_steps` and epoch."""
+    def step_ended(self, step: int) -> bool:
+        """Count a step of the phase, from 1; whether it has a row: every `log_every_steps` and epoch."""
         seconds = time.perf_counter() - self._mark
         place = (step - 1) % self.steps_per_epoch
         images = min(self.global_batch, self.samples - place * self.global_batch)
         self.totals["images"] += images
         self.totals["train_seconds"] += seconds
-        self._window = {
-            "images": self._window["images"] + images,
-            "seconds": self._window["seconds"] + seconds,
-            "wait": self._window["wait"],
+        self._window["images"] += images
+        self._window["seconds"] += seconds
+        return (self.first_step + step) % self.log_every_steps == 0 or place + 1 == self.steps_per_epoch
+
+    def write_step(self, step: int, loss: float, rates: Mapping[str, float]) -> None:
+        """Write the row of a step: its loss and learning rates, and the speed since the last such row."""
+        speed = {
+            "images_per_s": self._window["images"] / self._window["seconds"],
+            "data_wait_share": self._window["wait"] / self._window["seconds"],
         }
-        last = place + 1 == self.steps_per_epoch
-        if (self.first_step + step) % self.log_every_steps == 0 or last:
-            rates = {f"lr/{g['name'].rpartition('/')[0]}": g["lr"] for g in optimizer.param_groups}
-            speed = {
-                "images_per_s": self._window["images"] / self._window["seconds"],
-                "data_wait_share": self._window["wait"] / self._window["seconds"],
-            }
-            self.write(step, {"train/loss": loss, **rates, **speed})
-            self._window = dict.fromkeys(self._window, 0.0)
+        self.write(step, {"train/loss": loss, **{f"lr/{name}": lr for name, lr in rates.items()}, **speed})
+        self._window = dict.fromkeys(self._window, 0.0)
 
     @contextmanager
     def saving(self) -> Iterator[None]:

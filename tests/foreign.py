@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import gc
 import io
 import struct
 import tarfile
+import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import webdataset
 from PIL import Image
+
+from lit_transfer.data.manifest import Manifest
+from lit_transfer.data.packing.index import Index, index
 
 
 def picture(seed: int, size: tuple[int, int] = (12, 10), kind: str = "PNG", turn: int = 1) -> bytes:
@@ -67,3 +75,35 @@ def flip(path: Path, place: int) -> None:
 def cut(path: Path, length: int) -> None:
     """Keep the beginning of a file."""
     path.write_bytes(path.read_bytes()[:length])
+
+
+def by_shard_writer(folder: Path) -> list[Path]:
+    """25 samples by webdataset's own ShardWriter, 10 a shard."""
+    with webdataset.ShardWriter(str(folder / "train-%03d.tar"), maxcount=10, verbose=0) as writer:
+        for i in range(25):
+            fields = {"kind": "xy"[i % 2], "deep": {"value": i / 2}, "flag": i % 4 == 0, "empty": None}
+            picture_of = picture(i, (12 + i, 10))
+            writer.write({"__key__": f"dir/s{i:04d}", "png": picture_of, "cls": i % 3, "json": fields, "txt": f"n {i}"})
+    return sorted(folder.glob("*.tar"))
+
+
+def indexed(*shards: Path | str, **options: Any) -> Manifest:
+    """The dataset that `prepare --index` makes of shards."""
+    return index(Index(index=[str(path) for path in shards], **{"workers": 1} | options)).manifest
+
+
+def rejected(folder: Path) -> list[tuple[str, str, str]]:
+    """Shard, member and reason of what is in no dataset."""
+    with (folder / "rejected.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["shard", "member", "reason"]
+    return [(row[0], row[1], row[2]) for row in rows]
+
+
+def read_by_webdataset(*paths: Path) -> list[dict[str, Any]]:
+    """The samples as webdataset itself reads them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves the tars to the collector to close
+        read = list(webdataset.WebDataset([str(path) for path in paths], shardshuffle=False))
+        gc.collect()
+    return read

@@ -6,9 +6,10 @@ import math
 import multiprocessing
 import signal
 import threading
+from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -28,6 +29,9 @@ from lit_transfer.errors import UserError
 DRAWS = 16
 """Random numbers per sample and epoch that a training batch carries for augmentation."""
 
+Value = TypeVar("Value")
+Values = dict[str, torch.Tensor]
+
 SUBSTITUTES = 10
 """Samples that are tried in the place of a damaged one, itself included."""
 
@@ -35,10 +39,10 @@ SUBSTITUTES = 10
 class SampleDataset(Dataset[dict[str, Any]]):
     """Decodes one `plan.Batch` at a time.
 
-    An item has `image` uint8 [B, 3, canvas, canvas], `target`, `weight` [B], `row` [B], `valid` [B] (False where
-    padded), `entries` (labelled ones of the whole step), `damaged` (what is known of each damaged sample), and for
-    training `epoch` and `uniform` [B, DRAWS] for augmentation. A damaged sample is replaced by another of the stream
-    in training, the same one wherever it is met in an epoch; elsewhere its place is padded.
+    An item has `image` uint8 [B, 3, canvas, canvas] in channels-last memory, `target`, `weight` [B], `row` [B], `valid`
+    [B] (False where padded), `entries` (labelled ones of the whole step), `damaged` (what is known of each damaged
+    sample), and for training `epoch` and `uniform` [B, DRAWS] for augmentation. A damaged sample is replaced by another
+    of the stream in training, the same one wherever it is met in an epoch; elsewhere its place is padded.
     """
 
     def __init__(
@@ -59,14 +63,13 @@ class SampleDataset(Dataset[dict[str, Any]]):
         # A padded place repeats a picture: a black one would shift the statistics of `norm: batch`.
         rows = np.where(valid, batch.rows, (batch.rows[valid] if valid.any() else self.samples.rows)[0])
         damaged: dict[int, dict[str, Any]] = {}
-        pictures = [self._picture(int(row), batch.epoch, damaged) for row in rows]
-        used = np.array([row for row, _ in pictures])
+        used, values = self._read(rows, batch.epoch, damaged)
         if self.augment_seed is None:
             valid &= ~np.isin(rows, list(damaged))
         item = {
-            "image": torch.from_numpy(np.stack([image for _, image in pictures])),
+            **values,
             "target": torch.from_numpy(self.samples.targets[used]),
-            "weight": torch.from_numpy(self._weights(used)),
+            "weight": torch.from_numpy(self.samples.loss_weights(used, self.balance)),
             "row": torch.from_numpy(np.where(valid, rows, plan.PADDING)),
             "valid": torch.from_numpy(valid),
             "entries": torch.tensor(batch.entries),
@@ -77,12 +80,27 @@ class SampleDataset(Dataset[dict[str, Any]]):
             item["uniform"] = torch.from_numpy(plan.uniforms(self.augment_seed, batch.epoch, rows, DRAWS))
         return item
 
-    def _picture(self, row: int, epoch: int, damaged: dict[int, dict[str, Any]]) -> tuple[int, NDArray[np.uint8]]:
-        """A row's canvas, or that of the row that replaces it; what is damaged is added to `damaged`."""
+    def _read(self, rows: plan.Rows, epoch: int, damaged: dict[int, dict[str, Any]]) -> tuple[plan.Rows, Values]:
+        """The rows [B] that were read, and what of them; what is damaged is added to `damaged`."""
+        side = self.preprocessing.canvas
+        # Colours last in memory, as pictures are decoded and as the network takes them.
+        images = np.empty((len(rows), side, side, 3), np.uint8).transpose(0, 3, 1, 2)
+        used = np.empty_like(rows)
+        for place, row in enumerate(rows.tolist()):
+            used[place], images[place] = self._try(row, epoch, damaged, self._canvas)
+        return used, {"image": torch.from_numpy(images)}
+
+    def _canvas(self, row: int) -> NDArray[np.uint8]:
+        return decode(self.reader.read(row), self.preprocessing)
+
+    def _try(
+        self, row: int, epoch: int, damaged: dict[int, dict[str, Any]], read: Callable[[int], Value]
+    ) -> tuple[int, Value]:
+        """What is read of a row, or of the one that replaces it, and which it was."""
         for attempt in range(SUBSTITUTES):
             used = row if attempt == 0 else self._substitute(row, epoch, attempt)
             try:
-                return used, decode(self.reader.read(used), self.preprocessing)
+                return used, read(used)
             except (DamagedSample, DecodeError) as error:
                 if attempt == 0:
                     damaged[row] = self._damage(row, error)
@@ -92,24 +110,13 @@ class SampleDataset(Dataset[dict[str, Any]]):
         )
 
     def _substitute(self, row: int, epoch: int, attempt: int) -> int:
-        """Another row of the stream: of the same class, or of those that are drawn at all, where `balance` says so."""
-        rows = self.samples.rows
-        if self.balance == "classes":
-            rows = rows[self.samples.targets[rows] == self.samples.targets[row]]
-        elif self.balance == "weights":
-            rows = rows[self.samples.weights[rows] > 0]
-        seed = self.augment_seed or 0
-        return plan.substitute(rows, row, self.samples.manifest.digest, seed, epoch, attempt)
+        return self.samples.stand_in(row, self.balance, self.augment_seed or 0, epoch, attempt)
 
     def _damage(self, row: int, error: Exception) -> dict[str, Any]:
         address, offset = self.reader.place(row)
         reason = error.reason if isinstance(error, DamagedSample) else str(error)
         key = self.samples.manifest.table["key"][row].as_py()
         return {"key": key, "address": address, "offset": offset, "reason": reason}
-
-    def _weights(self, rows: plan.Rows) -> NDArray[np.float32]:
-        """Weights in the loss; ones where the rows are drawn by their weights already."""
-        return np.ones(len(rows), np.float32) if self.balance == "weights" else self.samples.weights[rows]
 
 
 def loader(dataset: SampleDataset, sampler: Sampler[plan.Batch], workers: int) -> DataLoader[dict[str, Any]]:
@@ -186,7 +193,7 @@ class ImageData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Shuffled batches of `train`; every rank must call it."""
-        dataset = SampleDataset(self.streams["train"], self.preprocessing, self.seed, self.order.balance)
+        dataset = self._dataset("train", self.seed, self.order.balance)
         rank, ranks = self._place()
         sampler = TrainSampler(
             self.streams["train"],
@@ -207,11 +214,14 @@ class ImageData(pl.LightningDataModule):
 
     def eval_dataloader(self, stream: str) -> DataLoader[dict[str, Any]]:
         """Every sample of a stream once, in the order of the manifest; every rank must call it."""
-        dataset = SampleDataset(self.streams[stream], self.preprocessing, None)
+        dataset = self._dataset(stream)
         rank, ranks = self._place()
         rows = math.ceil(self.global_batch / self.parts)
         sampler = EvalSampler(self.streams[stream], global_batch=rows, rank=rank, ranks=ranks)
         return loader(dataset, sampler, self.workers)
+
+    def _dataset(self, stream: str, augment_seed: int | None = None, balance: str = "none") -> SampleDataset:
+        return SampleDataset(self.streams[stream], self.preprocessing, augment_seed, balance)
 
     def _place(self) -> tuple[int, int]:
         """This rank, and how many there are."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Quarantine:
 
     def count(self, stream: str, epoch: int, damaged: int, samples: int) -> None:
         """Add what all ranks have met since the last call; each sample is met once an epoch, or as often as
-        `data.order.balance` draws it.
+        `data.order.balance` draws it. What is measured has an epoch of its own each time, such as the run's step.
 
         Raises:
             UserError: too many of the stream's `samples` are damaged; on all ranks at once.
@@ -75,6 +75,14 @@ class Quarantine:
                 f"{self.max_bad_fraction:g} allows ({listed}); mend the dataset (`lit-transfer prepare --verify` says "
                 "where), or raise the fraction."
             )
+
+    def state(self) -> dict[str, tuple[int, int]]:
+        """What is counted so far, the same on every rank: a run that goes on in mid-epoch must not forget it."""
+        return dict(self._counted)
+
+    def go_on_from(self, state: Mapping[str, tuple[int, int]]) -> None:
+        """Go on from the counts of a checkpoint."""
+        self._counted = dict(state)
 
     def entries(self) -> list[dict[str, Any]]:
         """What is listed; lines that a killed process has cut short are not."""

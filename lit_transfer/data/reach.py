@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
 from lit_transfer.data import buckets, transfer
 from lit_transfer.data.transfer import Source, Version
@@ -19,7 +19,8 @@ TIMEOUT_S = 30.0
 ANYTHING = Version()
 """Expects nothing of a content."""
 _PIECE_BYTES = 1 << 20
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+# A file may be named a:b.tar; what webdataset or a typing error would make of these words is refused all the same.
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://|(pipe|file|https?|s3|gs):", re.IGNORECASE)
 
 
 def check(address: str) -> None:
@@ -34,7 +35,7 @@ def check(address: str) -> None:
     require(
         scheme in SCHEMES,
         f"'{scheme}:' addresses are not read, only paths and {', '.join(f'{name}://' for name in SCHEMES)}; "
-        "copy the files to one of these (a path with a colon is written ./name:part).",
+        "copy the files to one of these, or rename a file of such a name.",
     )
     try:
         parts = _split(address)
@@ -60,10 +61,15 @@ def local_path(address: str) -> Path:
 
 
 def join(address: str, name: str) -> str:
-    """The address of a file in a folder; a signed query stays behind the path."""
+    """The address of a file in a folder; a signed query stays behind the path.
+
+    `name` is the plain one: where an address cannot hold it, it is quoted, as it must not be in a bucket.
+    """
     if not is_remote(address):
         return str(local_path(address) / name)
     parts = _split(address)
+    if parts.scheme in ("http", "https"):
+        name = quote(name)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
 
@@ -168,7 +174,7 @@ def _stream_local(address: str, start: int) -> Iterator[bytes]:
 
 def _scheme(address: str) -> str | None:
     found = _SCHEME.match(address)
-    return found[1].lower() if found else None
+    return (found[1] or found[2]).lower() if found else None
 
 
 def _split(address: str) -> SplitResult:

@@ -43,12 +43,14 @@ class ShardReader:
             UserError: they cannot be reached.
         """
         shard, start, size = int(self._shard[row]), int(self._offset[row]), int(self._size[row])
-        address = self._manifest.shard_address(shard)
-        for _ in range(2 if reach.is_remote(address) else 1):
+        for _ in range(2):
             data = self._read(shard, start, start + size)
             if hashlib.sha256(data).digest() == self._hash[row].as_py():
                 return data
             self._discard(shard)
+            address = self._manifest.shard_address(shard)
+            if not reach.is_remote(address):
+                break
         reason = f"its {size} bytes (row {row}) are not those that were packed"
         raise DamagedSample(reach.shown(address), start, reason)
 

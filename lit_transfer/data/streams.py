@@ -45,6 +45,21 @@ class Samples:
         """The stream's own targets, [N] or [N, K], in the order of `rows`."""
         return torch.from_numpy(self.targets[self.rows])
 
+    def loss_weights(self, rows: plan.Rows, balance: str = "none") -> NDArray[np.float32]:
+        """Weights of some rows in the loss; ones where `data.order.balance` draws them by their weights already."""
+        return np.ones(len(rows), np.float32) if balance == "weights" else self.weights[rows]
+
+    def stand_in(self, row: int, balance: str, seed: int, epoch: int, attempt: int) -> int:
+        """The row that is read in the place of a damaged one: of its class, or of those that are drawn at all, where
+        `data.order.balance` says so. `attempt` counts from 1, for that row may be damaged, too.
+        """
+        rows = self.rows
+        if balance == "classes":
+            rows = rows[self.targets[rows] == self.targets[row]]
+        elif balance == "weights":
+            rows = rows[self.weights[rows] > 0]
+        return plan.substitute(rows, row, self.manifest.digest, seed, epoch, attempt)
+
     def entries(self, rows: plan.Rows) -> int:
         """How many labelled entries the targets of some rows have."""
         targets = self.targets[rows]

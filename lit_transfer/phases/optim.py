@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from lit_transfer.errors import UserError, nearest, require
 from lit_transfer.model.network import Network
@@ -43,6 +44,14 @@ def build_optimizer(network: Network, plan: PhasePlan) -> torch.optim.Optimizer:
         f"{phase.weight_decay:g}; set it to 0.",
     )
     return optimizer
+
+
+def divide_gradients(parameters: Iterable[nn.Parameter], share: float) -> None:
+    """Divide the gradients, where there are any, by a number; mutates them."""
+    if share != 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= share
 
 
 def check_optimizers(network: Network, plans: Sequence[PhasePlan]) -> None:
@@ -119,5 +128,10 @@ def lr_at(plan: PhasePlan, step: int, drops: int = 0) -> dict[str, float]:
 def set_lr(optimizer: torch.optim.Optimizer, plan: PhasePlan, step: int, drops: int = 0) -> None:
     """Give every group its learning rate at a step of the phase; mutates the optimizer."""
     rates = lr_at(plan, step, drops)
-    for group in optimizer.param_groups:
-        group["lr"] = rates[group["name"].rpartition("/")[0]]
+    for group, planned in zip(optimizer.param_groups, plan.groups, strict=True):
+        group["lr"] = rates[planned.rate_name]
+
+
+def current_lr(optimizer: torch.optim.Optimizer, plan: PhasePlan) -> dict[str, float]:
+    """The learning rates that an optimizer has, by whose they are (`Group.rate_name`)."""
+    return {planned.rate_name: group["lr"] for group, planned in zip(optimizer.param_groups, plan.groups, strict=True)}

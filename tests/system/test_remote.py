@@ -28,12 +28,15 @@ from system.servers import FaultServer, Nginx, check_authorisation, s3_server
 from lit_transfer.data import buckets, cache, reach, transfer
 from lit_transfer.data.cache import ShardCache
 from lit_transfer.data.manifest import Manifest
+from lit_transfer.data.packing.addresses import expand
 from lit_transfer.data.store import ShardReader
 from lit_transfer.errors import UserError
 
 SIZE = 3_000_000
 CONTENT = np.random.default_rng(0).integers(0, 256, SIZE, np.uint8).tobytes()
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+ODD = "ä 漢 #1?&=%41;+.tar"
+"""A name of an object that no address could hold as it is."""
 RATE_BYTES_PER_S = 1_500_000
 FETCH = """
 import sys
@@ -224,7 +227,7 @@ def s3(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     }
     client = boto3.client("s3", **admin)
     client.create_bucket(Bucket="shards")
-    for key in ("train/a b.tar", "train/deep/1+%.tar", "train_old/2.tar", "train/notes.txt"):
+    for key in ("train/a b.tar", "train/deep/1+%.tar", "train_old/2.tar", "train/notes.txt", f"odd/{ODD}"):
         client.put_object(Bucket="shards", Key=key, Body=CONTENT[:10_000])
     iam = boto3.client("iam", **admin)
     iam.create_user(UserName="reader")
@@ -247,8 +250,11 @@ def use_key(monkeypatch: pytest.MonkeyPatch, key: dict[str, str]) -> None:
 def test_s3_lists_and_reads(s3: str, tmp_path: Path) -> None:
     found = reach.list_files("s3://shards/train", ".tar")
     assert found == ["s3://shards/train/a b.tar", "s3://shards/train/deep/1+%.tar"]
-    assert len(reach.list_files("s3://shards", ".tar")) == 3
-    for address in found:
+    assert len(reach.list_files("s3://shards", ".tar")) == 4
+    assert expand(["s3://shards/train/*.tar"]) == found[:1] and expand(["s3://shards/*/*/*.tar"]) == found[1:]
+    odd = expand(["s3://shards/odd/*"])
+    assert odd == [f"s3://shards/odd/{ODD}"] == [reach.join("s3://shards/odd", ODD)]
+    for address in found + odd:
         assert reach.size(address) == 10_000
         assert reach.read(address, 10, 99) == CONTENT[10:99]
         path = ShardCache(tmp_path, 10**9).fetch(address, sha256=None, bytes=10_000)
@@ -320,11 +326,12 @@ def test_google_cloud_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ]
     files = {listing.format(token): json.dumps(page).encode() for token, page in zip(("", "more"), pages, strict=True)}
     token = json.dumps({"access_token": "TOKEN", "expires_in": 3600, "token_type": "Bearer"}).encode()
-    with FaultServer(files | {"shards/train/0 0.tar": CONTENT}, token=token) as server:
+    with FaultServer(files | {"shards/train/0 0.tar": CONTENT, f"shards/{ODD}": CONTENT}, token=token) as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(_service_account(tmp_path, server.url)))
         assert reach.list_files("gs://shards/train", ".tar") == ["gs://shards/train/0 0.tar", "gs://shards/train/1.tar"]
-        assert b"".join(reach.stream("gs://shards/train/0 0.tar", 100)) == CONTENT[100:]
+        for address in ("gs://shards/train/0 0.tar", reach.join("gs://shards", ODD)):
+            assert b"".join(reach.stream(address, 100)) == CONTENT[100:]
         assert {request.headers["authorization"] for request in server.requests} == {"Bearer TOKEN"}
         server.order("shards/train/0 0.tar", "denied", "denied")
         with pytest.raises(UserError, match=r"refused \(status 403\); check GOOGLE_APPLICATION_CREDENTIALS"):

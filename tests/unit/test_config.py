@@ -146,7 +146,7 @@ def test_a_wrong_type_is_one_sentence(key: str, value: str, said: str) -> None:
         ("image.std", "[1, 0, 1]", "has a value that is not positive"),
         ("augment.crop_area", "0", "augment.crop_area 0.0 is outside (0, 1]"),
         ("augment.zoom", "1", "augment.zoom 1.0 is outside [0, 1)"),
-        ("model.weights", "hub", "'hub' is not pretrained, none, file:PATH, package:MODULE or run:DIR"),
+        ("model.weights", "hub", "'hub' is not pretrained, none, file:PATH, package:MODULE, run:DIR or caffe_npy:PATH"),
         ("model.resample", "[conv]", "['conv'] cannot be resampled; only pos_embed can"),
         ("model.head.hidden", "[8, 0]", "has a width under 1"),
         ("model.head.dropout", "[0.1, 0.1]", "has 2 rates for 1 place(s)"),

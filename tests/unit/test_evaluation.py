@@ -17,16 +17,17 @@ from PIL import Image
 from lit_transfer.config import Config
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.errors import UserError
-from lit_transfer.evaluation import Evaluation, predict_samples, write_mistakes, write_report
+from lit_transfer.evaluation import predict_samples
 from lit_transfer.launch.evaluate import main, stream_of
 from lit_transfer.model.module import Predictions
 from lit_transfer.model.portable import load
 from lit_transfer.reading import parse, to_plain
+from lit_transfer.report.split import Evaluation, write_mistakes, write_report
 
 PICTURES = {
-    "multiclass": {"confusion", "roc", "mistakes"},
+    "multiclass": {"confusion", "roc", "reliability", "mistakes"},
     "ordinal": {"confusion", "mistakes"},
-    "multilabel": {"roc", "predictions", "mistakes"},
+    "multilabel": {"roc", "reliability", "predictions", "mistakes"},
     "regression": {"predictions", "mistakes"},
 }
 
@@ -226,7 +227,7 @@ def test_the_worst_mistakes_come_first_with_both_names(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sheets: list[tuple[list[Image.Image], list[str]]] = []
-    monkeypatch.setattr("lit_transfer.evaluation.contact_sheet", lambda i, c, path: sheets.append((i, c)))
+    monkeypatch.setattr("lit_transfer.report.split.contact_sheet", lambda i, c, path: sheets.append((i, c)))
     truth = evaluation(manifest, torch.zeros(12, 2)).predictions.targets
     sure = torch.full((12,), 0.9)
     sure[3], sure[5], sure[7] = 0.2, 0.05, 0.45

@@ -197,6 +197,8 @@ def test_balanced_weights_name_the_absent_class(task: str, target: Tensor, messa
         ("regression", Objective(focal_gamma=2), "this task is regression"),
         ("multiclass", Objective(focal_gamma=2, label_smoothing=0.1), "set one of them to 0"),
         ("regression", Objective(class_weights="balanced"), "class_weights balanced needs classes"),
+        ("ordinal", Objective(temperature_scaling=True), "temperature_scaling true .* ordinal; set it to false"),
+        ("regression", Objective(temperature_scaling=True), "this task is regression"),
     ],
 )
 def test_settings_without_meaning_are_refused(task: str, objective: Objective, message: str) -> None:

@@ -177,6 +177,19 @@ def test_every_shard_has_its_histogram(tmp_path: Path, task: str) -> None:
     assert manifest.class_counts().tolist() == [[0, 1, 1], [1, 0, 0]]
 
 
+def test_shards_sorted_by_class_hold_fewer_classes_than_mixed_ones(tmp_path: Path) -> None:
+    """Four shards of one class and one of both; of 2 samples, mixed ones would have both classes half of the time."""
+    shards = [dataclasses.replace(SHARDS[0], name=f"{i}.tar", samples=2) for i in range(4)]
+    shards += [dataclasses.replace(SHARDS[1], name=f"{i}.tar", samples=n) for i, n in ((4, 0), (5, 2))]
+    table = pa.concat_tables([rows(kind=[0, 0, 0]), rows(kind=[0, 1, 1]), rows(kind=[1, 1, 0]), rows(kind=[1, 1, 1])])
+    table = table.slice(0, 10).set_column(5, "shard", pa.array([0, 0, 1, 1, 2, 2, 3, 3, 5, 5], pa.int32()))
+    for shard in shards:
+        (tmp_path / shard.name).write_bytes(b"." * shard.bytes)
+    write_manifest(tmp_path, task="multiclass", labels=[LABEL], shards=shards, table=table, pack={})
+    found, mixed = Manifest.open(tmp_path).mixing()
+    assert found == (4 * 1 + 2) / 5 and mixed == pytest.approx((4 * 1.5 + 1.5) / 5)
+
+
 def test_rows_come_from_the_shards(tmp_path: Path) -> None:
     """A split may stand in stretches."""
     shards = [dataclasses.replace(SHARDS[i % 2], name=f"{i}.tar", samples=n) for i, n in enumerate((1, 1, 0, 0, 1))]

@@ -12,76 +12,21 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from one_step import CLASSES, PLAIN, ROWS, Linear, batch_of, gradient, made, whole
 from torch import Tensor, nn
 
 from lit_transfer.config import Augment
-from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.plan import PADDING, slice_of
-from lit_transfer.data.quarantine import Quarantine
-from lit_transfer.errors import UserError
 from lit_transfer.model import module as module_file
 from lit_transfer.model.augment import eval_input, mix
-from lit_transfer.model.module import Batch, LossNotFinite, TransferModule
+from lit_transfer.model.module import LossNotFinite, TransferModule
 from lit_transfer.model.network import Network
 from lit_transfer.objectives.losses import loss_rows
-from lit_transfer.phases.run import Setup, build_module
+from lit_transfer.phases.job import Setup
+from lit_transfer.phases.run import build_module
 from lit_transfer.phases.table import PhasePlan
 from lit_transfer.recipe import Objective
 from lit_transfer.schedule import Phase
-
-PLAIN = Preprocessing(size=8, canvas=8, fit="crop", interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
-CLASSES, ROWS = 3, 11
-
-
-class Linear(nn.Module):
-    """Stands for a network: one linear layer over the pixels."""
-
-    norm = "pretrained"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3 * 8 * 8, CLASSES)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return cast(Tensor, self.layer(images.flatten(1)))
-
-
-def made(world_size: int = 1, **settings: Any) -> TransferModule:
-    torch.manual_seed(0)
-    module = TransferModule(cast(Network, Linear()), task="multiclass", preprocessing=PLAIN, **settings)
-    data = SimpleNamespace(streams={name: SimpleNamespace(rows=range(ROWS)) for name in ("train", "val")})
-    trainer = SimpleNamespace(world_size=world_size, global_step=0, global_rank=0, datamodule=data)
-    module._trainer = cast(Any, trainer)
-    return module
-
-
-def batch_of(rows: np.ndarray[Any, Any], entries: int) -> Batch:
-    """Rows of a dataset of noise whose label, weight and picture follow from the row; padded ones repeat the first."""
-    valid = torch.from_numpy(rows != PADDING)
-    real = np.where(rows == PADDING, rows[0] if rows[0] != PADDING else 0, rows)
-    pictures = np.stack([np.random.default_rng(r).integers(0, 256, (3, 8, 8), dtype=np.uint8) for r in real])
-    return {
-        "image": torch.from_numpy(pictures),
-        "target": torch.from_numpy(real % CLASSES),
-        "weight": torch.from_numpy(1.0 + real % 2).float(),
-        "row": torch.from_numpy(rows),
-        "valid": valid,
-        "entries": torch.tensor(entries),
-        "damaged": [],
-        "epoch": torch.tensor(0),
-        "uniform": torch.full((len(rows), 16), 0.5),
-    }
-
-
-def whole() -> Batch:
-    return batch_of(np.arange(ROWS), ROWS)
-
-
-def gradient(module: TransferModule) -> Tensor:
-    weight = module.get_parameter("network.layer.weight")
-    assert weight.grad is not None
-    found, weight.grad = weight.grad, None
-    return found
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
@@ -126,7 +71,7 @@ def test_a_padded_row_counts_nothing() -> None:
     padded, bare = batch_of(rows, 2), batch_of(rows[:2], 2)
     assert torch.equal(module.training_step(padded, 0), module.training_step(bare, 0))
     logits = torch.randn(3, CLASSES)
-    assert module._loss_of(logits, padded, 0.5)[2] == 0
+    assert [rows[2] for rows in module._loss_of(logits, padded, 0.5)] == [0, 0]
 
 
 @pytest.mark.parametrize("own", [0.0, 0.3, 1.0])
@@ -137,7 +82,7 @@ def test_the_loss_of_mixed_pictures_is_that_of_both_targets(own: float) -> None:
     before = [ROWS - 1, *range(ROWS - 1)]
     target, weight = batch["target"][before], batch["weight"][before]
     other = nn.functional.cross_entropy(logits, target, reduction="none") * weight
-    assert torch.allclose(module._loss_of(logits, batch, own), own * plain + (1 - own) * other)
+    assert torch.allclose(module._loss_of(logits, batch, own)[0], own * plain + (1 - own) * other)
 
 
 @pytest.mark.parametrize("settings", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
@@ -148,7 +93,7 @@ def test_a_step_mixes_pictures_and_targets_alike(settings: dict[str, Any]) -> No
     module.on_train_batch_start(batch, 0)
     images, own = mix(eval_input(batch["image"], PLAIN), settings.get("mixup", 0.0), settings.get("cutmix", 0.0))
     assert 0 < own < 1
-    assert torch.allclose(loss, module._loss_of(module(images), batch, own).sum() / ROWS)
+    assert torch.allclose(loss, module._loss_of(module(images), batch, own)[0].sum() / ROWS)
     assert not torch.allclose(loss, made().training_step(batch, 0))
 
 
@@ -257,16 +202,6 @@ def test_statistics_that_do_not_move_are_not_shared(norm: str, monkeypatch: pyte
     for name in networks[0]:
         means = [float(network[name].running_mean[0]) for network in networks]
         assert means == ([0.0, 1.0] if name in kept else [0.5, 0.5])
-
-
-def test_damaged_samples_of_all_ranks_count_and_too_many_end_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = {"key": "a", "address": "x.tar", "offset": 512, "reason": "cut"}
-    module = made(quarantine=Quarantine(None, max_bad_fraction=2 / ROWS))
-    monkeypatch.setattr(module, "_all_reduce", lambda tensor: tensor * 2)  # another rank met as many
-    module.training_step(whole() | {"damaged": [entry]}, 0)
-    with pytest.raises(UserError, match=f"^4 of the {ROWS} samples of data.train are damaged"):
-        module.training_step(whole() | {"damaged": [entry]}, 0)
-    module.training_step(whole() | {"damaged": [entry], "epoch": torch.tensor(1)}, 0)
 
 
 def test_a_phase_hands_its_own_settings_to_the_module(monkeypatch: pytest.MonkeyPatch) -> None:

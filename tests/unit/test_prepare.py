@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from foreign import shard
 from packing import draw, folder
 
 from lit_transfer.data.manifest import Manifest
@@ -36,6 +37,19 @@ def test_packs_and_summarises(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "already packed" in capsys.readouterr().out
     assert run(main, ["--source", "absent", "--out", "x"]) == 2
     assert capsys.readouterr().err.startswith("error: source 'absent' does not exist")
+
+
+def test_shards_sorted_by_class_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("sorted", "mixed"):
+        for i in range(10):
+            labels = "0123456789"[i] if kind == "sorted" else "0123456789"
+            shard(tmp_path / kind / f"{i}.tar", [f"{i}{n}" for n in range(10)], labels)
+    assert main(["--index", str(tmp_path / "sorted"), "--workers=1"]) == 0
+    said = capsys.readouterr().out
+    assert "(10 classes of 10 to 10 samples)" in said
+    assert "warning   a shard holds 1.0 of the 10 classes of 'label' on average, mixed ones would hold 6.5" in said
+    assert main(["--index", str(tmp_path / "mixed"), "--workers=1"]) == 0
+    assert "warning" not in capsys.readouterr().out
 
 
 def read_settings(arguments: list[str]) -> Pack:

@@ -115,6 +115,17 @@ def test_a_validation_within_an_epoch_does_not_make_it_forget() -> None:
         quarantine.count("train", 0, 1, 10)
 
 
+def test_what_was_counted_survives_a_restart() -> None:
+    first, second = Quarantine(None, 0.1), Quarantine(None, 0.1)
+    first.count("train", 4, 1, 10)
+    first.count("val", 7, 1, 10)
+    second.go_on_from(first.state())
+    second.count("val", 8, 1, 10)
+    with pytest.raises(UserError, match=r"2 of the 10 samples of data.train"):
+        second.count("train", 4, 1, 10)
+    assert first.state() == {"train": (4, 1), "val": (7, 1)}, "that of another stays"
+
+
 @pytest.mark.parametrize("order", [Order(balance="classes"), Order(partitions=2, block_shards=1), Order()])
 def test_the_plan_is_the_same_from_any_step_and_on_any_ranks(samples: Samples, order: Order) -> None:
     def sampler(**settings: Any) -> TrainSampler:

@@ -31,8 +31,8 @@ def whole(url: str, timeout_s: float = TIMEOUT_S) -> bytes:
 
 @pytest.mark.parametrize(
     "address",
-    ["pipe:cat /etc/passwd", "pipe://x", "ftp://h/a", "hf://a/b", "ssh:host", "PIPE:x", "https:/h/a", "http://", "s3:///k",
-     "file://host/a", "file:a", "gs:bucket/a", "http://[::1/a"],
+    ["pipe:cat /etc/passwd", "pipe://x", "ftp://h/a", "hf://a/b", "ssh://host", "PIPE:x", "https:/h/a", "http://",
+     "s3:///k", "file://host/a", "file:a", "s3:a.tar", "http:a.tar", "HTTPS:a", "gs:bucket/a", "http://[::1/a"],
 )  # fmt: skip
 def test_other_schemes_and_addresses_without_a_place_are_refused(address: str) -> None:
     with pytest.raises(UserError, match=r"write|not read"):
@@ -44,8 +44,8 @@ def test_other_schemes_and_addresses_without_a_place_are_refused(address: str) -
 
 @pytest.mark.parametrize(
     ("address", "remote"),
-    [("data/a.tar", False), ("./run:1/a.tar", False), ("/a", False), ("file:///a/b", False), ("https://h/a", True),
-     ("http://h:80/a", True), ("s3://b/k", True), ("gs://b/k", True), ("HTTPS://h/a", True)],
+    [("data/a.tar", False), ("./run:1/a.tar", False), ("a:b.tar", False), ("/a", False), ("file:///a/b", False),
+     ("https://h/a", True), ("http://h:80/a", True), ("s3://b/k", True), ("gs://b/k", True), ("HTTPS://h/a", True)],
 )  # fmt: skip
 def test_what_is_remote(address: str, remote: bool) -> None:
     assert reach.is_remote(address) is remote
@@ -64,6 +64,19 @@ def test_a_signed_query_stays_behind_the_path() -> None:
     assert reach.join("https://h/train/?sig=1", "000.tar") == "https://h/train/000.tar?sig=1"
     assert reach.join("s3://b", "000.tar") == "s3://b/000.tar"
     assert reach.join("data", "000.tar") == "data/000.tar"
+
+
+@pytest.mark.parametrize(
+    "name", ["a#1.tar", "a?.tar", "50%.tar", "50%25.tar", "a b.tar", "ä 漢.tar", "a+b&c=d;e@f:g.tar", "deep/a#1/b.tar"]
+)
+def test_any_name_below_a_web_address_is_reached(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with FaultServer({f"data/{name}": CONTENT, "data/a": b"another"}) as server:
+        for place in (f"{server.url}/data", f"{server.url}/data/?sig=1"):
+            assert whole(reach.join(place, name)) == CONTENT
+            assert server.requests[-1].query == place.partition("?")[2]
+    assert reach.join("s3://b/data", name) == f"s3://b/data/{name}", "an object's name is sent quoted, and stays plain"
+    assert reach.join("data", name) == f"data/{name}"
 
 
 def test_local_files(tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from lit_transfer.objectives.calibration import BINS, Reliability, reliability
 from lit_transfer.report import (
     aligned,
     contact_sheet,
     plot_confusion,
     plot_curves,
     plot_predictions,
+    plot_reliability,
     plot_roc,
     save_figure,
     summary_table,
@@ -185,6 +187,27 @@ def test_roc_of_labels_leaves_missing_ones_out(tmp_path: Path, drawn: list[Figur
     p = torch.tensor([[0.1, 0.5], [0.9, 0.5], [0.5, 0.5]])
     plot_roc(p, torch.tensor([[0.0, 1.0], [1.0, 1.0], [NAN, NAN]]), ["a", "b"], tmp_path / "r.png")
     assert list(lines(drawn[0])) == ["1.000  a", "1.000  mean of 1"]
+
+
+def test_reliability_shows_accuracy_gap_and_count_of_each_bin(tmp_path: Path, drawn: list[Figure]) -> None:
+    scores = torch.tensor([[0.95], [0.97], [0.99], [0.98], [0.1]])
+    binned = reliability("multilabel", scores, torch.tensor([[1.0], [0.0], [1.0], [0.0], [1.0]]))
+    plot_reliability(binned, tmp_path / "r.png", "probability", "share")
+    upper, lower = drawn[0].axes
+    accuracy, gap = (bars.patches for bars in upper.containers)
+    assert [bar.get_height() for bar in accuracy] == [1.0, 0.5]
+    assert [bar.get_height() for bar in gap] == pytest.approx([0.1 - 1, 0.9725 - 0.5])
+    assert [bar.get_y() for bar in gap] == [1.0, 0.5]
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in accuracy]
+    assert middles == pytest.approx([1.5 / BINS, (BINS - 0.5) / BINS])
+    assert [bar.get_height() for bar in lower.patches] == [1, 4]
+    assert f"calibration error {(0.9 + 4 * 0.4725) / 5:.4f}" in upper.get_title()
+    assert (upper.get_ylabel(), lower.get_xlabel()) == ("share", "probability")
+
+
+def test_reliability_of_nothing(tmp_path: Path, drawn: list[Figure]) -> None:
+    plot_reliability(Reliability(*torch.zeros(3, BINS, dtype=torch.float64)), tmp_path / "r.png", "a", "b")
+    assert not drawn[0].axes[1].patches and (tmp_path / "r.png").stat().st_size > 0
 
 
 def write_csv(path: Path, rows: list[dict[str, object]]) -> None:

@@ -204,6 +204,12 @@ def test_workers_do_not_change_batches(dataset: Manifest, workers: int) -> None:
     assert_same(batches(alone), batches(many))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_come_as_the_network_takes_them(dataset: Manifest, workers: int) -> None:
+    for batch in batches(image_data(dataset, range(2), workers=workers)):
+        assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_padded_place_repeats_a_picture_and_is_not_valid(dataset: Manifest) -> None:
     samples = open_stream(stream(dataset), None, seed=0)
     item = SampleDataset(samples, SMALL, 0)[plan.Batch(0, np.array([plan.PADDING, samples.rows[1]]))]

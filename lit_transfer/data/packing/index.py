@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -15,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 from tqdm import tqdm
 
 from lit_transfer.data import reach
 from lit_transfer.data.manifest import Manifest
+from lit_transfer.data.packing.addresses import expand
 from lit_transfer.data.packing.foreign import LabelSource, encode_texts, label_source
 from lit_transfer.data.packing.items import Pack, require_split_name
 from lit_transfer.data.packing.pack import REJECTED, Packed, reuse
@@ -40,8 +39,8 @@ class Index:
     """Shards that others wrote, and what is to be learned of them.
 
     Args:
-        index: shards: paths or addresses, with {000..012} and * expanded; a folder, or an s3:// or gs:// prefix that
-            ends in /, stands for all .tar files below it.
+        index: shards: paths or addresses, with {000..012} and * expanded (* stops at a /, the folder ** does not); a
+            folder, or an s3:// or gs:// prefix that ends in /, stands for all .tar files below it.
         out: folder of the manifest; by default the folder of the shards.
         task: `auto` is multiclass where there are labels and none elsewhere.
         member: the member beside a picture that holds its label, where neither `labels` nor `table` is given.
@@ -131,49 +130,6 @@ def index(settings: Index, progress: bool = False) -> Packed:
     return Packed(manifest=Manifest.open(out))
 
 
-def expand(patterns: Sequence[str]) -> list[str]:
-    """The shards that paths, addresses, {000..012}, * and folders stand for, each once, in order.
-
-    Raises:
-        UserError: a pattern that matches nothing, an address that is not read, or one that holds credentials.
-    """
-    found: list[str] = []
-    for pattern in patterns:
-        try:
-            for address in braceexpand(pattern):
-                shards = _listed(address)
-                require(bool(shards), f"'{reach.shown(address)}' matches no shards; correct it.")
-                found += shards
-        except UnbalancedBracesError:
-            raise UserError(
-                f"'{reach.shown(pattern)}' has a brace without its other half; write {{000..012}}."
-            ) from None
-    return list(dict.fromkeys(found))
-
-
-def _listed(address: str) -> list[str]:
-    remote = reach.is_remote(address)
-    require(
-        not remote or reach.shown(address) == address,
-        f"'{reach.shown(address)}' is given with credentials, which a manifest would keep; take them from the "
-        "environment or ~/.netrc.",
-    )
-    if not remote:
-        path = reach.local_path(address)
-        if path.is_dir():
-            return reach.list_files(str(path), ".tar")
-        if re.search(r"[*?\[]", str(path)) and not path.exists():
-            root = Path(path.anchor)
-            return sorted(str(found) for found in root.glob(str(path.relative_to(root))))
-        return [str(path)]
-    if address.endswith("/"):
-        return reach.list_files(address, ".tar")
-    if "*" in address:
-        below = address.partition("*")[0].rpartition("/")[0] + "/"
-        return [shard for shard in reach.list_files(below, "") if fnmatchcase(shard, address)]
-    return [address]
-
-
 def _out(settings: Index, addresses: Sequence[str]) -> Path:
     if settings.out is not None:
         return Path(settings.out)
@@ -187,7 +143,9 @@ def _name(address: str, out: Path) -> str:
     if reach.is_remote(address):
         return address
     path, folder = Path(address).resolve(), out.resolve()
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+    name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+    reach.check(name)
+    return name
 
 
 def _split(name: str, patterns: dict[str, str]) -> str:

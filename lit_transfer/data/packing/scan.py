@@ -100,6 +100,8 @@ def _samples(file: Forward, kind: str | None, rejected: list[tuple[str, str]]) -
     for member in members(file):
         if member.isdir() or re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own metadata
             continue
+        if is_of_macos(member.name):
+            continue
         parts = split_name(member.name)
         if parts is None or not member.isreg() or member.issparse() or not _is_utf8(member.name):
             rejected.append((ascii_name(member.name), _why_not(member)))
@@ -162,6 +164,12 @@ def _why_not(member: tarfile.TarInfo) -> str:
     if not member.isreg() or member.issparse():
         return "it is a link, a device or a sparse file, not a plain one"
     return "its name has no key before a dot; webdataset passes over it"
+
+
+def is_of_macos(name: str) -> bool:
+    """Whether macOS made a file or member beside those of its user: resource forks, folder views."""
+    *folders, file = name.split("/")
+    return file.startswith("._") or file == ".DS_Store" or "__MACOSX" in folders
 
 
 def ascii_name(name: str) -> str:

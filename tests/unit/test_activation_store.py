@@ -1,0 +1,334 @@
+"""A store of bounded size: what is found, what makes room, what stays."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lit_transfer.activations import lease, store
+from lit_transfer.activations.lease import Holder
+from lit_transfer.activations.sharing import ABOUT
+from lit_transfer.activations.shelf import Shelf
+from lit_transfer.activations.store import ActivationStore, default_folder
+from lit_transfer.errors import UserError
+from lit_transfer.launch.store import main, spans
+
+TIMEOUT_S = 0.5
+RECORDS = 300
+SIZE = 8 * RECORDS * 4
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> ActivationStore:
+    return ActivationStore(tmp_path / "store", limit_bytes=10**9, timeout_s=TIMEOUT_S)
+
+
+def about(name: str) -> dict[str, Any]:
+    return {"content": {"backbone": "timm/net", "cut": name, "dataset": "d" * 64, "view": "d4", "element": 3}}
+
+
+def open_shelf(kept: ActivationStore, name: str) -> Shelf:
+    return kept.shelf(about(name), records=RECORDS, shape=(6,), dtype=torch.float32)
+
+
+def filled(kept: ActivationStore, name: str, used_s: float | None = None) -> Shelf:
+    """A complete shelf that was last used at a time."""
+    made = open_shelf(kept, name)
+    for part in made.missing():
+        made.write(part, torch.ones(min(256, RECORDS - part * 256), 6), {})
+    if used_s is not None:
+        os.utime(made.folder / ABOUT, (used_s, used_s))
+    return made
+
+
+def cuts(kept: ActivationStore) -> list[str]:
+    return [shelf.description["content"]["cut"] for shelf in kept.shelves()]
+
+
+def foreign_lease(shelf: Shelf, name: str) -> None:
+    (shelf.folder / name).write_text(json.dumps(asdict(Holder("far", "another", 1, "1", "x"))))
+
+
+def test_a_shelf_is_found_when_it_is_complete(kept: ActivationStore) -> None:
+    def find(**other: Any) -> Shelf | None:
+        return kept.find(about("a"), **{"records": RECORDS, "shape": (6,), "dtype": torch.float32} | other)
+
+    assert find() is None and not kept.folder.exists() and kept.shelves() == [] and kept.strays() == []
+    made = open_shelf(kept, "a")
+    made.write(0, torch.ones(256, 6), {})
+    assert find() is None, "half built"
+    made.write(1, torch.ones(44, 6), {})
+    assert find() == made == open_shelf(kept, "a") and kept.shelves() == [made]
+    assert find(dtype=torch.float16) is None and find(records=299) is None
+    assert len([*kept.folder.iterdir()]) == 1, "to look makes nothing"
+
+
+def test_a_shelf_that_says_it_is_another(kept: ActivationStore) -> None:
+    made = filled(kept, "a")
+    text = (made.folder / ABOUT).read_text()
+    (made.folder / ABOUT).write_text(text.replace('"a"', '"b"'))
+    for action in (lambda: open_shelf(kept, "a"), lambda: kept.find(**wanted("a"))):
+        with pytest.raises(UserError, match="is not what the name of its folder stands for"):
+            action()
+    assert kept.shelves() == [] and kept.strays() == [made.folder]
+
+
+def wanted(name: str) -> dict[str, Any]:
+    return {"description": about(name), "records": RECORDS, "shape": (6,), "dtype": torch.float32}
+
+
+def test_a_maker_that_died_is_helped_out(kept: ActivationStore) -> None:
+    made = open_shelf(kept, "a")
+    (made.folder / ABOUT).unlink()
+    assert kept.shelves() == [] and kept.strays() == [made.folder]
+    assert open_shelf(kept, "a") == made and kept.shelves() == [made] and kept.strays() == []
+
+
+def test_room_is_made_by_what_was_used_longest_ago(tmp_path: Path) -> None:
+    kept = ActivationStore(tmp_path, limit_bytes=10**9)
+    for age, name in enumerate("cab"):
+        filled(kept, name, used_s=1000.0 + age)
+    assert cuts(kept) == ["c", "a", "b"]
+    held = store.folder_bytes(tmp_path)
+    for room, expected in [(held + 5 * SIZE, "cab"), (held, "cab"), (held - 1, "ab"), (held - 2 * held // 3, "b")]:
+        assert ActivationStore(tmp_path, limit_bytes=room).make_room(0)
+        assert cuts(kept) == [*expected]
+    with open_shelf(kept, "b").in_use():
+        pass
+    assert open_shelf(kept, "b").shared.last_used_s() > time.time() - 100
+
+
+def test_nothing_is_evicted_in_vain(tmp_path: Path) -> None:
+    kept = ActivationStore(tmp_path, limit_bytes=10**9)
+    for name in "ab":
+        filled(kept, name)
+    small = ActivationStore(tmp_path, limit_bytes=SIZE)
+    assert not small.make_room(SIZE + 1) and len(cuts(kept)) == 2
+    assert small.make_room(SIZE) and cuts(kept) == []
+
+
+def test_what_is_used_or_built_or_wanted_stays(tmp_path: Path) -> None:
+    kept = ActivationStore(tmp_path, limit_bytes=10**9)
+    used, built, wanted, idle = (filled(kept, name) for name in ("used", "built", "wanted", "idle"))
+    (built.folder / "part-00001.safetensors").unlink()
+    claim = built.claim(1)
+    assert claim is not None
+    with used.in_use(), claim:
+        small = ActivationStore(tmp_path, limit_bytes=0)
+        assert not small.make_room(0, [wanted]) and len(cuts(kept)) == 4
+        just = ActivationStore(tmp_path, limit_bytes=store.folder_bytes(tmp_path) + built.missing_records() * 32)
+        assert just.make_room(idle.shared.stored_bytes(), [wanted])
+        assert sorted(cuts(kept)) == ["built", "used", "wanted"]
+        assert [shelf for shelf, _ in kept.prune(unused_s=0)] == [wanted]
+    assert len(kept.prune(unused_s=0)) == 2 and cuts(kept) == []
+
+
+def test_a_full_disk_needs_room_too(kept: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(kept, "a", used_s=1.0)
+    filled(kept, "b", used_s=2.0)
+    monkeypatch.setattr(store.os, "statvfs", lambda _: SimpleNamespace(f_bavail=2, f_frsize=50))
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lease.os, "write", full)
+    assert kept.free_bytes() == 100
+    assert kept.make_room(SIZE) and cuts(kept) == ["b"]
+
+
+def test_what_others_still_add_is_promised(kept: ActivationStore) -> None:
+    half = open_shelf(kept, "half")
+    before = kept.free_bytes()
+    with half.in_use():
+        assert before - half.full_bytes - 1000 < kept.free_bytes() <= before - half.full_bytes + 1000
+        assert before - 1000 < kept.free_bytes([half]) <= before
+    assert kept.free_bytes() == before
+
+
+def test_a_store_that_is_not_there_has_room(kept: ActivationStore) -> None:
+    assert kept.make_room(10) and kept.prune(unused_s=0) == []
+    assert not ActivationStore(kept.folder, limit_bytes=9).make_room(10)
+    assert not kept.folder.exists()
+
+
+def test_another_hosts_use_is_watched_before_it_counts_as_over(kept: ActivationStore) -> None:
+    made = filled(kept, "a")
+    foreign_lease(made, "user-x.lease")
+    assert made.shared.is_in_use()
+    start = time.monotonic()
+    assert [shelf for shelf, _ in kept.prune(unused_s=0)] == [made]
+    assert time.monotonic() - start >= TIMEOUT_S
+
+
+def test_another_hosts_use_that_goes_on_is_respected(kept: ActivationStore) -> None:
+    made = filled(kept, "a")
+    foreign_lease(made, "user-x.lease")
+    over = threading.Event()
+
+    def touch() -> None:
+        while not over.wait(TIMEOUT_S / 10):
+            os.utime(made.folder / "user-x.lease")
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    start = time.monotonic()
+    assert kept.prune(unused_s=0) == [] and not ActivationStore(kept.folder, 0, timeout_s=TIMEOUT_S).make_room(1)
+    assert time.monotonic() - start < 2 * TIMEOUT_S
+    over.set()
+    thread.join()
+
+
+def test_what_a_dead_evictor_left_is_in_nobodys_way(kept: ActivationStore) -> None:
+    made = filled(kept, "a")
+    (kept.folder / ".evicted-0123").mkdir()
+    (kept.folder / ".evicted-0123" / "part-00000.safetensors").touch()
+    dead = Holder("here", lease._system(), os.getpid(), "1", "x")
+    (made.folder / "eviction.lease").write_text(json.dumps(asdict(dead)))
+    with made.in_use():
+        assert kept.prune(unused_s=0) == []
+    assert len(kept.prune(unused_s=0)) == 1 and [*kept.folder.iterdir()] == []
+
+
+def test_who_comes_while_it_is_evicted_waits_and_gets_a_new_one(kept: ActivationStore) -> None:
+    made = filled(kept, "a")
+    eviction = lease.acquire(made.folder / "eviction.lease")
+    assert eviction is not None
+    seen: list[list[int]] = []
+
+    def use() -> None:
+        with made.in_use():
+            seen.append(made.missing())
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    time.sleep(0.3)
+    assert seen == [], "it waits"
+    made.folder.rename(kept.folder / ".evicted-x")
+    eviction.release()
+    thread.join()
+    assert seen == [[0, 1]] and kept.shelves() == [made]
+
+
+def test_who_comes_as_the_folder_goes_does_not_rely_on_its_lease(
+    kept: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The eviction began after the lease was taken, and nothing of it can be seen where the folder was."""
+    made, real = filled(kept, "a"), lease.acquire
+
+    def acquire(path: Path, **settings: Any) -> lease.Lease | None:
+        found = real(path, **settings)
+        if path.name.startswith("user-") and not (kept.folder / ".evicted-x").exists():
+            made.folder.rename(kept.folder / ".evicted-x")
+            made.shared.make()
+        return found
+
+    monkeypatch.setattr(lease, "acquire", acquire)
+    with made.in_use():
+        assert made.missing() == [0, 1] and made.shared.is_in_use()
+
+
+@pytest.mark.parametrize(
+    ("asked", "left"),
+    [({"unused_s": 50_000.0}, "b"), ({"unused_s": 200_000.0}, "ab"), ({"limit_bytes": 3 * SIZE // 2}, "b")],
+    ids=str,
+)
+def test_prune(kept: ActivationStore, asked: dict[str, Any], left: str) -> None:
+    first = filled(kept, "a", used_s=time.time() - 100_000)
+    filled(kept, "b")
+    removed = kept.prune(**asked)
+    assert cuts(kept) == [*left]
+    assert [shelf for shelf, _ in removed] == ([] if "a" in left else [first])
+    assert all(SIZE < size < 2 * SIZE for _, size in removed)
+
+
+def test_the_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert default_folder() == Path("/cache/lit_transfer/activations")
+
+
+def command(kept: ActivationStore, *arguments: str) -> int:
+    return main([*arguments, "--folder", str(kept.folder)])
+
+
+def test_list(kept: ActivationStore, capsys: pytest.CaptureFixture[str]) -> None:
+    made = filled(kept, "layer3", used_s=1.0)
+    half = open_shelf(kept, "layer4")
+    with half.in_use():
+        assert command(kept, "list") == 0
+    words = [re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert words[0][:7] == ["shelf", "backbone", "cut", "dataset", "view", "type", "records"]
+    first, second = (dict(zip(words[0], row, strict=True)) for row in words[2:])
+    assert first | {"MB": "", "last used": ""} == {
+        **{"shelf": made.key[:12], "backbone": "timm/net", "cut": "layer3", "dataset": "d" * 12, "view": "d4/3"},
+        **{"type": "float32", "records": "300", "MB": "", "parts": "2/2", "last used": "", "in use": "no"},
+        **{"wasted": "0", "corrupted": "0"},
+    }
+    assert (second["cut"], second["parts"], second["in use"]) == ("layer4", "0/2", "yes")
+
+
+def test_verify_says_what_is_wrong_and_removes_it_if_asked(
+    kept: ActivationStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound, made, stray = filled(kept, "sound"), filled(kept, "wrong"), filled(kept, "stray")
+    assert command(kept, "verify") == 0 and "as it was written: 6 parts" in capsys.readouterr().out
+    data = bytearray((made.folder / "part-00001.safetensors").read_bytes())
+    for place in (3, 10, 11, 12):
+        data[len(data) - 24 * (44 - place)] ^= 1
+    (made.folder / "part-00001.safetensors").write_bytes(data)
+    (stray.folder / ABOUT).write_text("{}")
+    assert command(kept, "verify") == 1
+    said = capsys.readouterr().out
+    assert f"{made.key[:12]}     1  259, 266-268" in said and stray.key[:12] in said and "--remove" in said
+    assert sound.key[:12] not in said and made.missing() == []
+    assert command(kept, "verify", "--remove") == 1
+    assert made.missing() == [1] and kept.strays() == [] and made.counts()["corrupted_records"] == 4
+    assert command(kept, "verify") == 0
+
+
+def test_prune_prints_what_it_removed(kept: ActivationStore, capsys: pytest.CaptureFixture[str]) -> None:
+    old = filled(kept, "old", used_s=time.time() - 3 * 86400)
+    with filled(kept, "new").in_use():
+        assert command(kept, "prune", "--unused_days", "2") == 0
+        said = capsys.readouterr().out
+        assert old.key[:12] in said and "removed 1 shelves, 0.0 MB; 1 are in use" in said and cuts(kept) == ["new"]
+        assert command(kept, "prune", "--all") == 0 and cuts(kept) == ["new"]
+    assert command(kept, "prune", "--limit_gb", "1") == 0 and cuts(kept) == ["new"]
+    assert command(kept, "prune", "--limit_gb", "0") == 0 and cuts(kept) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["prune"], "needs one of --limit_gb N, --unused_days N and --all"),
+        (["prune", "--all", "--limit_gb", "1"], "needs one of"),
+        (["prune", "--limit_gb", "-1"], "-1.0 is negative"),
+        (["prun"], "invalid choice: 'prun'"),
+        (["prune", "--unused_days", "x"], "invalid float value: 'x'"),
+    ],
+    ids=str,
+)
+def test_a_command_that_makes_no_sense(kept: ActivationStore, arguments: list[str], sentence: str) -> None:
+    kept.folder.mkdir()
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        command(kept, *arguments)
+
+
+def test_a_folder_that_is_not_there(kept: ActivationStore) -> None:
+    with pytest.raises(UserError, match="is not there; runs make it"):
+        command(kept, "list")
+
+
+@pytest.mark.parametrize(("places", "text"), [([1], "1"), ([1, 2, 3], "1-3"), ([0, 2, 3, 9], "0, 2-3, 9")])
+def test_spans(places: list[int], text: str) -> None:
+    assert spans(places) == text
