@@ -31,8 +31,9 @@ from lit_transfer.launch.train import prepare_job
 from lit_transfer.model.augment import train_input
 from lit_transfer.model.network import Network
 from lit_transfer.phases.agreement import check_ranks_equal
+from lit_transfer.phases.job import Job
 from lit_transfer.phases.optim import build_optimizer, set_lr
-from lit_transfer.phases.run import Job, run_phases
+from lit_transfer.phases.run import run_phases
 from lit_transfer.phases.table import PhasePlan
 from lit_transfer.reading import override, parse, read_yaml
 from lit_transfer.tracking import ENVIRONMENT

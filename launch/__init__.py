@@ -16,6 +16,7 @@ VERBS = {
     "train": "run the phases of a config",
     "evaluate": "measure a finished run on a split or a dataset",
     "predict": "name the pictures you give",
+    "store": "list, verify or prune the activations that runs have stored",
 }
 
 

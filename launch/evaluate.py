@@ -15,12 +15,13 @@ from lit_transfer.config import Trainer as TrainerConfig
 from lit_transfer.data.manifest import is_dataset
 from lit_transfer.data.streams import Samples, check_same_labels, open_stream, shard_cache
 from lit_transfer.errors import UserError, require
-from lit_transfer.evaluation import Evaluation, check_column, predict_samples, write_report
+from lit_transfer.evaluation import predict_samples, scaled
 from lit_transfer.launch import run as run_verb
 from lit_transfer.launch.options import Parser
 from lit_transfer.model import portable
 from lit_transfer.reading import load
 from lit_transfer.report import table
+from lit_transfer.report.split import Evaluation, check_column, write_report
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -87,12 +88,14 @@ def evaluate(
     config: Config, model: portable.TransferModel, samples: Samples, batch: int, run_dir: Path, stream: str
 ) -> Evaluation:
     """Measure a run's model on a stream; every rank must call it."""
+    predictions = predict_samples(config, model.network, samples, model.preprocessing, batch, run_dir, stream)
     return Evaluation(
         task=model.task,
         names=model.display,
         threshold=model.threshold,
+        temperature=model.temperature,
         samples=samples,
-        predictions=predict_samples(config, model.network, samples, model.preprocessing, batch, run_dir, stream),
+        predictions=scaled(predictions, model.task, model.temperature),
     )
 
 

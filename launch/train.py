@@ -28,9 +28,11 @@ from lit_transfer.model.module import Stopped
 from lit_transfer.model.network import Network
 from lit_transfer.objectives.losses import class_weights, outputs
 from lit_transfer.objectives.metrics import metric_names
+from lit_transfer.phases.job import Job, Setup
 from lit_transfer.phases.optim import check_optimizers
 from lit_transfer.phases.presets import expand
-from lit_transfer.phases.run import Job, Setup, run_phases
+from lit_transfer.phases.run import run_phases
+from lit_transfer.phases.stored import check_activations
 from lit_transfer.phases.table import (
     PhasePlan,
     check_metrics,
@@ -72,6 +74,7 @@ def prepare_setup(config: Config) -> tuple[Setup, list[PhasePlan]]:
     check_metrics(config, phases, metric_names(task, len(classes)))
     plans = resolve(config, skeleton.layout(), len(streams["train"].rows))
     check_optimizers(skeleton, plans)
+    check_activations(config, plans, skeleton.backbone.stage_names, preprocessing)
 
     return Setup(config, build_network(config, width), streams, preprocessing, weights), plans
 

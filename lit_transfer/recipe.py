@@ -37,8 +37,10 @@ class Model:
     """The pretrained network and what is put in the place of its last layer.
 
     Args:
-        backbone: `timm/NAME`, `torchvision/NAME`, `hf-hub:REPO`, `local-dir:DIR` or `module:callable`.
-        weights: `pretrained` (the hub's cache), `none`, `file:PATH`, `package:MODULE` or `run:DIR`.
+        backbone: `timm/NAME`, `torchvision/NAME`, `caffe/alexnet`, `hf-hub:REPO`, `local-dir:DIR` or
+            `module:callable`.
+        weights: `pretrained` (the hub's cache), `none`, `file:PATH`, `package:MODULE`, `run:DIR`, or for
+            `caffe/alexnet` `caffe_npy:PATH`.
         match: pair the file's tensors with the network's by `name`, or by `order` where only names differ.
         drop: tensors of the file to leave out, by prefix; `head` is the network's own last layer.
         strip_prefix: prefix to remove from the file's names, such as `module.`.
@@ -65,8 +67,19 @@ class Model:
     def __post_init__(self) -> None:
         kind = self.weights.partition(":")[0]
         require(
-            self.weights in ("pretrained", "none") or kind in ("file", "package", "run"),
-            f"model.weights '{self.weights}' is not pretrained, none, file:PATH, package:MODULE or run:DIR.",
+            self.weights in ("pretrained", "none") or kind in ("file", "package", "run", "caffe_npy"),
+            f"model.weights '{self.weights}' is not pretrained, none, file:PATH, package:MODULE, run:DIR or "
+            "caffe_npy:PATH.",
+        )
+        caffe = self.backbone == "caffe/alexnet"
+        require(
+            kind != "caffe_npy" or caffe,
+            f"model.weights '{self.weights}' is for model.backbone caffe/alexnet, not {self.backbone}; change one.",
+        )
+        require(
+            self.weights != "pretrained" or not caffe,
+            "model.weights pretrained: no hub has weights of caffe/alexnet; bring bvlc_alexnet.npy here and set "
+            "caffe_npy:PATH.",
         )
         unknown = set(self.resample) - {"pos_embed"}
         require(not unknown, f"model.resample {sorted(unknown)} cannot be resampled; only pos_embed can.")
@@ -88,12 +101,15 @@ class Objective:
         label_smoothing: share of the target spread over all classes (multiclass).
         class_weights: weight of each class in the dataset's order, or `balanced` for N / (classes * count).
         focal_gamma: exponent of the focal loss (Lin et al. 2017, eq. 4); 0 is plain cross-entropy.
+        temperature_scaling: divide the logits of the trained network by one temperature, fitted on validation, so that
+            its probabilities mean what they say (multiclass, multilabel; Guo et al. 2017).
         threshold_metric: what the threshold of a binary or multilabel decision maximises on validation.
     """
 
     label_smoothing: float = 0.0
     class_weights: list[float] | Literal["balanced"] | None = None
     focal_gamma: float = 0.0
+    temperature_scaling: bool = False
     threshold_metric: Literal["f1", "accuracy", "balanced_accuracy"] = "f1"
 
     def __post_init__(self) -> None:

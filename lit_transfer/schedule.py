@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, Literal
 
 from lit_transfer.errors import nearest, require
@@ -56,6 +56,41 @@ class Until:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Heads:
+    """Heads that train at once on the same stored features: one for each combination of what is given.
+
+    Args:
+        lr: learning rates; the phase's by default.
+        weight_decay: weight decays; the phase's by default.
+        seeds: of new heads; by default all begin as the network's head is.
+    """
+
+    lr: list[float] = field(default_factory=list)
+    weight_decay: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        lists: dict[str, list[float]] = {"lr": self.lr, "weight_decay": self.weight_decay, "seeds": [*self.seeds]}
+        for name, values in lists.items():
+            wrong = [value for value in values if not 0 <= value < float("inf") or (name == "lr" and value == 0)]
+            require(not wrong, f"heads.{name} {wrong} is not {'positive' if name == 'lr' else 'zero or more'}.")
+            require(len(set(values)) == len(values), f"heads.{name} {values} names one twice; remove it.")
+        require(
+            any(len(values) > 1 for values in lists.values()),
+            "heads describes one head; give a list of 2 or more, or write lr and weight_decay in the phase's row.",
+        )
+
+
+@dataclass(frozen=True)
+class HeadSetting:
+    """One of the heads that train at once; `seed` is None where it begins as the network's head is."""
+
+    lr: float
+    weight_decay: float
+    seed: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Phase:
     """One row of the phase table: what trains, how fast, for how long.
 
@@ -99,6 +134,8 @@ class Phase:
         validate_every_steps: optimizer steps between two validations; each epoch's end by default.
         until: ends the phase early.
         restore_best: go on with the weights of the phase's best validation by `monitor`, not with its last.
+        heads: trains many heads at once on stored features, with adamw, adam or sgd, each as it would train alone; the
+            best by `monitor` at a validation is what is watched there, and what the phase ends with.
         compile: compile the trained part with torch.compile.
         grad_checkpointing: compute each trained stage again in the backward pass, to save memory.
     """
@@ -130,6 +167,7 @@ class Phase:
     validate_every_steps: int | None = None
     until: Until | None = None
     restore_best: bool = False
+    heads: Heads | None = None
     compile: bool = False
     grad_checkpointing: bool = False
 
@@ -141,6 +179,7 @@ class Phase:
         _check_length(self, where)
         _check_numbers(self, where)
         _check_schedule(self, where)
+        _check_heads(self, where)
         require(
             not (self.grad_checkpointing and self.norm == "batch"),
             f"{where}: grad_checkpointing computes a stage twice, and norm batch would count each batch twice; "
@@ -151,6 +190,20 @@ class Phase:
     def full_schedule_args(self) -> dict[str, Any]:
         """`schedule_args` with the schedule's defaults in the place of what is not given."""
         return SCHEDULES[self.schedule] | self.schedule_args
+
+    @property
+    def head_lr(self) -> float | None:
+        """The learning rate of the head, or the largest of many."""
+        return max(self.heads.lr) if self.heads and self.heads.lr else self.lr
+
+    @property
+    def head_settings(self) -> list[HeadSetting]:
+        """Of the heads that train at once, in order; none where one head trains."""
+        if self.heads is None or self.head_lr is None:
+            return []
+        seeds: list[int | None] = [*self.heads.seeds] or [None]
+        decays = self.heads.weight_decay or [self.weight_decay]
+        return [HeadSetting(*each) for each in product(self.heads.lr or [self.head_lr], decays, seeds)]
 
     @property
     def patterns(self) -> dict[str, float | None] | None:
@@ -194,7 +247,7 @@ def _check_rates(phase: Phase, where: str) -> None:
         given = [name for name, rate in rates.items() if rate is not None]
         require(not given, f"{where}: {' and '.join(given)} has no use where each pattern has its rate; remove it.")
     elif patterns is None:
-        require(phase.lr is not None, f"{where}: lr is missing; it is the head's learning rate.")
+        require(phase.head_lr is not None, f"{where}: lr is missing; it is the head's learning rate.")
     if phase.train == "head":
         require(
             phase.backbone_lr is None,
@@ -239,6 +292,33 @@ def _check_numbers(phase: Phase, where: str) -> None:
         phase.accumulate <= phase.global_batch,
         f"{where}: accumulate {phase.accumulate} is over global_batch {phase.global_batch}, whose parts it counts.",
     )
+
+
+HEADS_OPTIMIZERS = {"adamw": ("betas", "eps"), "adam": ("betas", "eps"), "sgd": ("nesterov",)}
+"""The optimizers that train many heads at once, each with the `optimizer_args` it may be given."""
+
+
+def _check_heads(phase: Phase, where: str) -> None:
+    if phase.heads is None:
+        return
+    require(phase.train == "head", f"{where}: heads trains heads alone, but train is {phase.train!r}; write head.")
+    for name, default in (("lr", None), ("weight_decay", 0.0)):
+        given, listed = getattr(phase, name), getattr(phase.heads, name)
+        require(
+            given == default or not listed,
+            f"{where}: {name} {given} and heads.{name} {listed} are both given; remove one.",
+        )
+    name = phase.optimizer.lower()
+    require(
+        name in HEADS_OPTIMIZERS,
+        f"{where}: heads needs optimizer {' or '.join(HEADS_OPTIMIZERS)}, not {phase.optimizer}.",
+    )
+    other = set(phase.optimizer_args) - set(HEADS_OPTIMIZERS[name])
+    require(not other, f"{where}: optimizer_args {sorted(other)} cannot be given to heads; remove them.")
+    for setting in ("cutmix", "compile"):
+        require(
+            not getattr(phase, setting), f"{where}: {setting} has no meaning for heads on stored features; remove it."
+        )
 
 
 def _check_schedule(phase: Phase, where: str) -> None:

@@ -26,7 +26,8 @@ from lit_transfer.model.heads import build_head
 from lit_transfer.model.network import Network
 from lit_transfer.model.portable import Description
 from lit_transfer.objectives.losses import outputs
-from lit_transfer.phases.run import Job, run_phases
+from lit_transfer.phases.job import Job
+from lit_transfer.phases.run import run_phases
 from lit_transfer.phases.table import PhasePlan
 from lit_transfer.reading import parse, to_plain
 from lit_transfer.recipe import Model
@@ -101,6 +102,7 @@ def tiny_config(manifest: Manifest, runs: Path) -> Config:
                 "head": {"hidden": [8], "dropout": 0.2},
             },
             "phases": [{"name": "head", "max_epochs": 1, "lr": 0.01, "global_batch": 16}],
+            "activations": {"store": "off"},
             "trainer": {"progress": False, "accelerator": "cpu"},
             "tracking": {"wandb": "off"},
         },

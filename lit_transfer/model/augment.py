@@ -36,16 +36,25 @@ def settle_image(image: Image, own: Image) -> tuple[Image, Preprocessing]:
 
 
 def normalise(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Values in [0, 1], [B, 3, H, W], less the mean and over the standard deviation of each channel."""
-    mean = torch.tensor(preprocessing.mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(preprocessing.std, device=images.device).view(1, 3, 1, 1)
-    return (images - mean) / std
+    """Values in [0, 1], [B, 3, H, W], less the mean and over the standard deviation of each channel.
+
+    The result is in channels-last memory, as the network takes it.
+    """
+    images = images.contiguous(memory_format=torch.channels_last)
+    mean, std = (_along_rows(values, images) for values in (preprocessing.mean, preprocessing.std))
+    return (images - mean).div_(std)
+
+
+def _along_rows(values: tuple[float, float, float], images: Tensor) -> Tensor:
+    """A value a channel as [1, 3, 1, W]: a CPU takes whole rows several times sooner than three numbers at a time."""
+    width = images.shape[-1]
+    return torch.tensor(values, device=images.device).repeat(width).view(1, 1, width, 3).permute(0, 3, 1, 2)
 
 
 def centre(canvas: Tensor, size: int) -> Tensor:
     """The middle of uint8 canvases [B, 3, C, C] as floats in [0, 1], [B, 3, size, size]."""
     start = (canvas.shape[-1] - size) // 2
-    return canvas[..., start : start + size, start : start + size].float() / 255
+    return canvas[..., start : start + size, start : start + size].float().div_(255)
 
 
 def eval_input(canvas: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -82,6 +91,11 @@ def moves(augment: Augment) -> bool:
     )
 
 
+def colourful(augment: Augment) -> bool:
+    """Whether any change of colour is asked for."""
+    return bool(augment.brightness or augment.contrast or augment.saturation)
+
+
 def affine(uniform: Tensor, augment: Augment, share: float) -> Tensor:
     """Maps of output to canvas positions in [-1, 1], [B, 2, 3]; without augmentation the centre `share`."""
     u = uniform.T
@@ -110,7 +124,7 @@ def affine(uniform: Tensor, augment: Augment, share: float) -> Tensor:
 
 def colours(images: Tensor, uniform: Tensor, augment: Augment) -> Tensor:
     """Brightness, contrast and saturation factors of each sample, [B, 3, H, W] in [0, 1] -> the same."""
-    if not (augment.brightness or augment.contrast or augment.saturation):
+    if not colourful(augment):
         return images
     factor = 2 * uniform[:, 11:14, None, None, None] - 1
     images = images * (1 + augment.brightness * factor[:, 0])

@@ -37,7 +37,7 @@ def model_card(plain: Mapping[str, Any], folder: Path) -> str:
         "## Where it comes from",
         _origin(provenance),
         "## Intended use and limits",
-        _limits(plain["task"]),
+        _limits(plain["task"], plain["temperature"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -95,12 +95,16 @@ def _weights(weights: Mapping[str, Any]) -> str:
     return f"{weights['origin'] or weights['weights']}{digest}. Licence: {licence}."
 
 
-def _limits(task: str) -> str:
+def _limits(task: str, temperature: float | None) -> str:
     always = {
         "regression": "It gives a value for any picture, even one unlike all it was trained on.",
         "multilabel": "It judges any picture, even one unlike all it was trained on.",
     }.get(task, "It gives one of its classes to any picture, even to one that shows none of them.")
-    sure = "" if task == "regression" else " Probabilities were not calibrated."
+    sure = " Probabilities were not calibrated."
+    if task == "regression":
+        sure = ""
+    elif temperature is not None:
+        sure = f" Probabilities were scaled by a temperature of {temperature:.4g}, fitted on the validation split."
     return (
         "It is meant for pictures taken like those of its dataset. The figures hold for samples of that "
         "dataset and promise nothing for other cameras, places or times: measure again on your own. "

@@ -139,13 +139,15 @@ class Network(nn.Module):
                         layer.training = False
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, S, S] -> logits [B, outputs]."""
-        images = images.contiguous(memory_format=torch.channels_last)
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """Normalised images [B, 3, S, S], or activations behind `start` frozen stages -> logits [B, outputs]."""
+        assert start <= self.first_trained, "a stage that trains must be run"
+        if x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            images = self.backbone.run(images, 0, self.first_trained)
+            x = self.backbone.run(x, start, self.first_trained)
         run_trained = self._compiled if self._compiled and self.training else self._run_trained
-        return run_trained(images)
+        return run_trained(x)
 
     def _run_trained(self, x: Tensor) -> Tensor:
         """Activations at the first trained stage -> logits [B, outputs]."""

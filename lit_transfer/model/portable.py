@@ -1,4 +1,4 @@
-"""What a run leaves for others: a folder with weights, preprocessing, names, threshold and provenance.
+"""What a run leaves for others: a folder with weights, preprocessing, names, temperature, threshold and provenance.
 
 `weights.safetensors` holds the tensors of a `Network`, `model.json` all else that `load` needs, `README.md`
 is for people. Nothing is ever unpickled, and nothing is downloaded.
@@ -7,6 +7,7 @@ is for people. Nothing is ever unpickled, and nothing is downloaded.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -22,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lit_transfer.data.decode import Preprocessing, open_rgb, to_canvas, to_rgb
+from lit_transfer.data.decode import Preprocessing, decode, to_canvas, to_rgb
 from lit_transfer.errors import UserError, require
 from lit_transfer.files import write_json, write_text
 from lit_transfer.model.augment import eval_input
@@ -30,6 +31,7 @@ from lit_transfer.model.backbone import build_backbone
 from lit_transfer.model.card import model_card
 from lit_transfer.model.heads import build_head
 from lit_transfer.model.network import Network
+from lit_transfer.objectives.calibration import rescale
 from lit_transfer.objectives.decisions import decide, probabilities
 from lit_transfer.objectives.losses import outputs
 from lit_transfer.reading import parse, to_plain
@@ -50,6 +52,7 @@ class Description:
         label: the label column, where it was chosen among several.
         classes: class names by index; for multilabel and regression the label columns.
         display: how people read them.
+        temperature: that the probabilities are scaled by (see `objectives/calibration.py`), or None.
         threshold: of the decision (see `objectives/decisions.py`), or None.
         preprocessing: from picture to network input.
         model: backbone and head.
@@ -60,6 +63,7 @@ class Description:
     label: str | None
     classes: tuple[str, ...]
     display: tuple[str, ...]
+    temperature: float | None = None
     threshold: list[float] | None
     preprocessing: Preprocessing
     model: Model
@@ -73,6 +77,7 @@ class Description:
             "label": self.label,
             "classes": list(self.classes),
             "display": list(self.display),
+            "temperature": self.temperature,
             "threshold": self.threshold,
             "outputs": outputs(self.task, len(self.classes)),
             "preprocessing": self.preprocessing.to_plain(),
@@ -83,11 +88,15 @@ class Description:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Description:
         """The inverse of `to_plain`."""
+        temperature = plain.get("temperature")
+        if temperature is not None and not 0 < temperature < math.inf:
+            raise ValueError(f"temperature {temperature}")
         return cls(
             task=plain["task"],
             label=plain["label"],
             classes=tuple(plain["classes"]),
             display=tuple(plain["display"]),
+            temperature=temperature,
             threshold=plain["threshold"],
             preprocessing=Preprocessing.from_plain(plain["preprocessing"]),
             model=parse(Model, plain["model"]),
@@ -121,7 +130,7 @@ class TransferModel(nn.Module):
         self.network = network
         self.info = info
         self.task, self.classes, self.display = info.task, info.classes, info.display
-        self.threshold, self.preprocessing = info.threshold, info.preprocessing
+        self.temperature, self.threshold, self.preprocessing = info.temperature, info.threshold, info.preprocessing
         self.requires_grad_(False)
         self.eval()
 
@@ -133,15 +142,14 @@ class TransferModel(nn.Module):
             OSError: the file cannot be read.
         """
         if isinstance(image, Image.Image):
-            picture = to_rgb(image)
+            canvas = to_canvas(to_rgb(image), self.preprocessing)
         else:
-            picture = open_rgb(image if isinstance(image, bytes) else Path(image).read_bytes())
-        canvas = torch.from_numpy(to_canvas(picture, self.preprocessing))
-        return eval_input(canvas[None], self.preprocessing)[0]
+            canvas = decode(image if isinstance(image, bytes) else Path(image).read_bytes(), self.preprocessing)
+        return eval_input(torch.from_numpy(canvas)[None], self.preprocessing)[0]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Network input [B, 3, S, S] -> probabilities [B, K]; for regression values."""
-        return probabilities(self.task, self.network(images))
+        """Network input [B, 3, S, S] -> probabilities [B, K] (fp64 with a temperature); for regression values."""
+        return rescale(self.task, probabilities(self.task, self.network(images)), self.temperature)
 
     def predict(self, images: Sequence[bytes | str | Path | Image.Image]) -> list[Prediction]:
         """Name pictures, all in one batch, on the device the model is on. Raises as `preprocess` does."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_transfer.errors import UserError, require
+from lit_transfer.objectives.calibration import CALIBRATED_TASKS
 from lit_transfer.recipe import Objective
 
 TASKS = ("multiclass", "multilabel", "ordinal", "regression")
@@ -39,6 +40,10 @@ def check_objective(task: str, objective: Objective) -> None:
         o.focal_gamma == 0 or o.label_smoothing == 0,
         f"objective.focal_gamma {o.focal_gamma} is defined for hard targets, but label_smoothing is "
         f"{o.label_smoothing}; set one of them to 0.",
+    )
+    require(
+        not o.temperature_scaling or task in CALIBRATED_TASKS,
+        f"objective.temperature_scaling true is for multiclass and multilabel, this task is {task}; set it to false.",
     )
     require(
         o.class_weights is None or task != "regression",

@@ -21,8 +21,9 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from lit_transfer.errors import require
 from lit_transfer.model.module import LossNotFinite, Stopped, TransferModule
 from lit_transfer.phases.checkpoint import PhaseFiles, PhaseResult
+from lit_transfer.phases.job import Setup
 from lit_transfer.phases.optim import build_optimizer
-from lit_transfer.phases.run import Setup, build_data, build_module, set_trained
+from lit_transfer.phases.run import build_data, build_module, set_trained
 from lit_transfer.phases.steps import StopSignal
 from lit_transfer.phases.table import PhasePlan, differences
 from lit_transfer.phases.trainer import PhaseBar, make_trainer

@@ -14,51 +14,30 @@ How a run that was stopped or killed goes on, in this order:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import WandbLogger
 from timm.layers import convert_sync_batchnorm
 
-from lit_transfer.config import Config
-from lit_transfer.data.decode import Preprocessing
+from lit_transfer.activations.data import StoredData, StoredStream
 from lit_transfer.data.module import ImageData
 from lit_transfer.data.quarantine import FILE_NAME as QUARANTINE
 from lit_transfer.data.quarantine import Quarantine
-from lit_transfer.data.streams import Samples
 from lit_transfer.model.augment import scaled
 from lit_transfer.model.ema import Ema
 from lit_transfer.model.memory import peak_memory_mib, reset_peak_memory
 from lit_transfer.model.module import Stopped, TransferModule
-from lit_transfer.model.network import Network
 from lit_transfer.phases.checkpoint import PhaseFiles, PhaseResult
+from lit_transfer.phases.job import Job, Setup
 from lit_transfer.phases.optim import build_optimizer
 from lit_transfer.phases.resume import finished, load_weights, read_checkpoint
 from lit_transfer.phases.steps import Steps, StopSignal
+from lit_transfer.phases.stored import open_stored
 from lit_transfer.phases.table import PhasePlan, fingerprint_hash
 from lit_transfer.phases.trainer import PhaseBar, check_machine, make_trainer, ranks_of
-from lit_transfer.tracking import MetricsFile, Recorder, Run
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What phases train, and on what; `network` is mutated by training."""
-
-    config: Config
-    network: Network
-    streams: dict[str, Samples]
-    preprocessing: Preprocessing
-    class_weights: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Job(Setup):
-    """What every phase of a run shares: the setup, the run directory, and where its curves are also sent."""
-
-    run: Run
-    logger: WandbLogger | None
+from lit_transfer.tracking import MetricsFile, Recorder
 
 
 def run_phases(job: Job, plans: Sequence[PhasePlan], callbacks: Sequence[pl.Callback] = ()) -> list[PhaseResult]:
@@ -79,25 +58,26 @@ def run_phases(job: Job, plans: Sequence[PhasePlan], callbacks: Sequence[pl.Call
     folders = [PhaseFiles(job.run.checkpoints(name)) for name in names]
     known = [finished(files, names[:place]) for place, files in enumerate(folders)]  # refused before any work
     results: list[PhaseResult] = []
-    for plan, files, result in zip(plans, folders, known, strict=True):
+    for place, (files, result) in enumerate(zip(folders, known, strict=True)):
         if result:
             load_weights(job.network, files.read_final(), files.folder)
         else:
-            result = _run_phase(job, plan, files, metrics, results, stop, callbacks)
+            result = _run_phase(job, plans[place:], files, metrics, results, stop, callbacks)
         results.append(result)
     return results
 
 
 def _run_phase(
     job: Job,
-    plan: PhasePlan,
+    plans: Sequence[PhasePlan],
     files: PhaseFiles,
     metrics: MetricsFile,
     before: list[PhaseResult],
     stop: StopSignal,
     callbacks: Sequence[pl.Callback],
 ) -> PhaseResult:
-    """Train one phase from where it stands to its end."""
+    """Train the first of the phases that are left, from where it stands to its end."""
+    plan = plans[0]
     set_trained(job, plan)
     optimizer = build_optimizer(job.network, plan)
     saved = read_checkpoint(job.run.record, job.config, plan, files, optimizer, before)
@@ -116,25 +96,28 @@ def _run_phase(
         default_root_dir=job.run.folder,
         enable_progress_bar=job.config.trainer.progress,
     )
+    quarantine = Quarantine(job.run.folder / QUARANTINE, job.config.data.max_bad_fraction)
     if saved:
         load_weights(job.network, saved["network"], files.last)
         optimizer.load_state_dict(saved["optimizer"])
         trainer.precision_plugin.load_state_dict(saved["precision"])
+        quarantine.go_on_from(saved["quarantine"])
         steps.go_on_from(saved)
     first_step = sum(result.steps for result in before)
-    quarantine = Quarantine(job.run.folder / QUARANTINE, job.config.data.max_bad_fraction)
-    module = build_module(job, plan, optimizer, first_step + steps.step, steps.requests, quarantine)
     if trainer.is_global_zero:
         files.tidy()
         _announce(plan, steps.step)
         metrics.drop_after(plan.phase.name, first_step + steps.step, [result.name for result in before])
     reset_peak_memory()
     if not steps.reason:
-        try:
-            trainer.fit(module, datamodule=build_data(job, plan, range(steps.step, plan.max_steps), before))
-        finally:
-            trainer.fit_loop.teardown()  # where validation raised, Lightning leaves the workers of training alive
-    module.cpu()
+        with open_stored(job, plans, before, steps.step, files, trainer) as stored:
+            module = build_module(job, plan, optimizer, first_step + steps.step, steps.requests, quarantine, stored.cut)
+            data = build_data(job, plan, range(steps.step, plan.max_steps), before, stored.streams)
+            try:
+                trainer.fit(module, datamodule=data)
+            finally:
+                trainer.fit_loop.teardown()  # where validation raised, Lightning leaves the workers of training alive
+    job.network.cpu()
     return _end_phase(trainer, job, plan, files, steps, before)
 
 
@@ -181,6 +164,7 @@ def build_module(
     first_step: int,
     requests: Callable[[], Sequence[bool]],
     quarantine: Quarantine | None = None,
+    stored_cut: int = 0,
 ) -> TransferModule:
     """What one fit of a phase trains; `first_step` counts the run's steps before that fit."""
     phase, objective = plan.phase, setup.config.objective
@@ -201,12 +185,20 @@ def build_module(
         first_step=first_step,
         requests=requests,
         quarantine=quarantine or Quarantine(None, setup.config.data.max_bad_fraction),
+        stored_cut=stored_cut,
     )
 
 
-def build_data(setup: Setup, plan: PhasePlan, steps: range, before: Sequence[PhaseResult]) -> ImageData:
+def build_data(
+    setup: Setup,
+    plan: PhasePlan,
+    steps: range,
+    before: Sequence[PhaseResult],
+    stored: Mapping[str, StoredStream] | None = None,
+) -> ImageData:
     """The streams as one fit of a phase reads them, after the phases `before`; `steps` of the phase, from 0."""
-    return ImageData(
+    return StoredData(
+        stored or {},
         setup.streams,
         setup.preprocessing,
         seed=setup.config.seed,

@@ -1,8 +1,9 @@
-"""What happens between the optimizer steps of a phase: one callback, one order, the same decisions on every rank.
+"""What happens between the optimizer steps of a phase: one order, the same decisions on every rank.
 
 After each step: the average of the weights, the curves, validation if it is due, what validation decides, a
 checkpoint if it is due, the end of the phase, a stop that was asked for. A checkpoint is therefore always taken when
-all that belongs to its step is done, and the position in a phase is one number: the steps done.
+all that belongs to its step is done, and the position in a phase is one number: the steps done. Lightning's hooks
+follow these rules, and so does the plain loop of `heads.py`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import math
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from lit_transfer.config import Config
 from lit_transfer.errors import require
@@ -24,7 +27,7 @@ from lit_transfer.model.ema import Ema
 from lit_transfer.model.module import Stopped, TransferModule
 from lit_transfer.phases.agreement import check_ranks_equal
 from lit_transfer.phases.checkpoint import PhaseFiles
-from lit_transfer.phases.optim import set_lr
+from lit_transfer.phases.optim import current_lr, set_lr
 from lit_transfer.phases.table import PhasePlan
 from lit_transfer.phases.watch import Watch, reason_to_end
 from lit_transfer.tracking import Recorder
@@ -54,8 +57,11 @@ class StopSignal:
 
 
 def trained_of(plan: PhasePlan) -> list[tuple[str, list[str]]]:
-    """What a phase trains, by groups: the state of an optimizer has a meaning for these alone."""
-    return [(group.name, list(group.parameters)) for group in plan.groups]
+    """What a phase trains, by groups, and as how many heads: an optimizer's state has a meaning for these alone."""
+    groups, heads = [(group.name, list(group.parameters)) for group in plan.groups], plan.phase.heads
+    if heads is None:
+        return groups
+    return [*groups, (f"{len(heads.lr)} lr, {len(heads.weight_decay)} weight_decay, seeds {heads.seeds}", [])]
 
 
 class Steps(pl.Callback):
@@ -89,11 +95,17 @@ class Steps(pl.Callback):
         self.drops = 0
         self.reason: str | None = None
         self.ema: Ema | None = None
+        self.heads: dict[str, Any] | None = None  # the state of many (see many_heads.py)
         self.monitor = Watch(config.monitor)
         self.until = Watch(phase.until.metric, phase.until.min_delta) if phase.until else None
         self.plateau = Watch(args["metric"], args["min_delta"]) if phase.schedule == "plateau" else None
         self._validates = config.data.val is not None
         self._saved_at = time.monotonic()
+
+    @property
+    def run_step(self) -> int:
+        """Steps of the run so far, those of earlier phases included."""
+        return self.recorder.first_step + self.step
 
     def requests(self) -> tuple[bool, bool, bool]:
         """What this rank asks at a step: to stop, to end the phase for its time, to save for the time gone by."""
@@ -104,7 +116,7 @@ class Steps(pl.Callback):
             every is not None and time.monotonic() - self._saved_at >= every * 60,
         )
 
-    def state(self, trainer: pl.Trainer, module: TransferModule) -> dict[str, Any]:
+    def state(self, module: TransferModule, precision: dict[str, Any]) -> dict[str, Any]:
         """All that going on from this step needs, as plain values and tensors; equal on every rank but for times."""
         return {
             "identity": self.identity,
@@ -115,17 +127,19 @@ class Steps(pl.Callback):
             "step": self.step,
             "reason": self.reason,
             "network": module.network.state_dict(),
-            "optimizer": trainer.optimizers[0].state_dict(),
+            "optimizer": module.configure_optimizers().state_dict(),
             "ema": self.ema.weights if self.ema else None,
-            "precision": trainer.precision_plugin.state_dict(),
+            "precision": precision,
             "watches": {name: watch.state() for name, watch in self._watches().items()},
             "drops": self.drops,
+            "heads": self.heads,
+            "quarantine": module.quarantine.state(),
             "recorder": self.recorder.state(),
         }
 
     def go_on_from(self, state: dict[str, Any]) -> None:
-        """Take over what `state` gave, but for the network, the optimizer and the precision."""
-        self.step, self.reason, self.drops = state["step"], state["reason"], state["drops"]
+        """Take over what `state` gave, but for the network, the optimizer, the precision and the quarantine."""
+        self.step, self.reason, self.drops, self.heads = (state[key] for key in ("step", "reason", "drops", "heads"))
         if self.ema:
             self.ema.load(state["ema"])
         for name, watch in self._watches().items():
@@ -136,12 +150,91 @@ class Steps(pl.Callback):
         named = {"monitor": self.monitor, "until": self.until, "plateau": self.plateau}
         return {name: watch for name, watch in named.items() if watch}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep our signal handlers: Lightning's own broadcasts from inside, which can fall into a backward pass."""
+    def start(self, device: torch.device) -> None:
+        """What follows is training on a device."""
         self.stop.install()
         if self.ema:
-            self.ema.move_to(pl_module.device)
+            self.ema.move_to(device)
         self.recorder.mark()
+
+    def step_done(self, optimizer: torch.optim.Optimizer, loss: Callable[[], float], *, time_is_up: bool) -> bool:
+        """Count a step after its update; whether it is validated before it ends. Mutates the average of the weights.
+
+        Args:
+            optimizer: of the phase.
+            loss: of the step; asked for where the step has a row in the curves.
+            time_is_up: whether the ranks agreed that the phase has lasted `max_minutes`.
+        """
+        self.step += 1
+        if self.ema:
+            self.ema.update()
+        if self.recorder.step_ended(self.step):
+            self.recorder.write_step(self.step, loss(), current_lr(optimizer, self.plan))
+        if self.step >= self.plan.max_steps:
+            self.reason = self._limit_reached()
+        elif time_is_up:
+            self.reason = f"max_minutes {self.plan.phase.max_minutes:g} reached"
+        every = self.plan.phase.validate_every_steps or self.plan.steps_per_epoch
+        return self._validates and (self.reason is not None or self.step % every == 0)
+
+    def show_average(self) -> None:
+        """Put the average of the weights into the network, for a validation; `take` puts the weights back."""
+        if self.ema:
+            self.ema.swap()
+
+    def take(self, values: dict[str, float], network: nn.Module, *, is_writer: bool) -> None:
+        """Decide by the metrics of a validation; mutates the network, which gets its own weights back.
+
+        Args:
+            values: by name, the same on every rank.
+            network: that was validated.
+            is_writer: whether this rank keeps the best weights.
+        """
+        self.recorder.write(self.step, values)
+        for watch in self._watches().values():
+            self._check_finite(watch.metric, values[watch.metric])
+        if self.monitor.see(values[self.monitor.metric], self.step) and is_writer:
+            with self.recorder.saving():
+                self.files.write_best(network, self.step)
+        if self.ema:
+            self.ema.swap()
+        if self.plateau:
+            self.plateau.see(values[self.plateau.metric], self.step)
+            if self.plateau.waited >= self.plan.phase.full_schedule_args["patience"]:
+                self.drops, self.plateau.waited = self.drops + 1, 0
+        if self.until:
+            assert self.plan.phase.until
+            self.until.see(values[self.until.metric], self.step)
+            met = reason_to_end(self.plan.phase.until, self.until, values[self.until.metric])
+            self.reason = met or self.reason
+
+    def saves(self, agreed: Sequence[bool]) -> bool:
+        """Whether the step ends with a checkpoint; `agreed`: what any rank asked for (see `requests`)."""
+        stop, _, time_to_save = agreed
+        every = self.config.checkpoint.every_steps
+        is_due = self.step % self.plan.steps_per_epoch == 0 or (every is not None and self.step % every == 0)
+        return is_due or stop or time_to_save or self.reason is not None
+
+    def end_step(
+        self, module: TransferModule, agreed: Sequence[bool], precision: dict[str, Any], *, is_writer: bool
+    ) -> None:
+        """Save if it is due, and stop the run if that was asked for.
+
+        Raises:
+            Stopped: a signal came, and the phase has not ended anyway.
+        """
+        if self.saves(agreed):
+            self._saved_at = time.monotonic()
+            if is_writer:
+                with self.recorder.saving():
+                    self.files.write_last(self.state(module, precision), self.monitor.best_step)
+        if agreed[0] and not self.reason:
+            raise Stopped
+        self.recorder.mark()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep our signal handlers: Lightning's own broadcasts from inside, which can fall into a backward pass."""
+        self.start(pl_module.device)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -160,51 +253,25 @@ class Steps(pl.Callback):
             self.recorder.part_ended()
             return
         pl_module.share_running_statistics()
-        self.step += 1
-        if self.ema:
-            self.ema.update()
-        self.recorder.step_ended(self.step, pl_module.train_loss, trainer.optimizers[0])
-        if self.step >= self.plan.max_steps:
-            self.reason = self._limit_reached()
-        elif pl_module.agreed[1]:
-            self.reason = f"max_minutes {self.plan.phase.max_minutes:g} reached"
-        every = self.plan.phase.validate_every_steps or self.plan.steps_per_epoch
-        if self._validates and (self.reason or self.step % every == 0):
+        if self.step_done(trainer.optimizers[0], lambda: pl_module.train_loss, time_is_up=pl_module.agreed[1]):
             trainer.val_check_batch = 1
         else:
             self._end_step(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The average of the weights is what is validated."""
-        if self.ema:
-            self.ema.swap()
+        self.show_average()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take its metrics, decide by them, and end the step."""
         assert isinstance(pl_module, TransferModule)
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         values = trainer.strategy.broadcast(values)  # so that no rank decides by itself
-        self.recorder.write(self.step, values)
-        for watch in self._watches().values():
-            self._check_finite(watch.metric, values[watch.metric])
-        if self.monitor.see(values[self.monitor.metric], self.step) and trainer.is_global_zero:
-            with self.recorder.saving():
-                self.files.write_best(pl_module.network, self.step)
-        if self.ema:
-            self.ema.swap()
-        if self.plateau:
-            self.plateau.see(values[self.plateau.metric], self.step)
-            if self.plateau.waited >= self.plan.phase.full_schedule_args["patience"]:
-                self.drops, self.plateau.waited = self.drops + 1, 0
-        if self.until:
-            assert self.plan.phase.until
-            self.until.see(values[self.until.metric], self.step)
-            met = reason_to_end(self.plan.phase.until, self.until, values[self.until.metric])
-            self.reason = met or self.reason
+        self.take(values, pl_module.network, is_writer=trainer.is_global_zero)
         self._end_step(trainer, pl_module)
 
     def _end_step(self, trainer: pl.Trainer, module: TransferModule) -> None:
-        """Save if it is due, then end the phase or stop the run if that was decided; every rank must call it.
+        """End the step, and the phase if that was decided; every rank must call it.
 
         Raises:
             RanksDiffer: at the phase's end, before anything says that it has ended.
@@ -214,19 +281,10 @@ class Steps(pl.Callback):
             averages = self.ema.weights if self.ema else {}
             tensors = dict(module.network.state_dict()) | {f"ema.{name}": tensor for name, tensor in averages.items()}
             check_ranks_equal(tensors, module.device, f"phase '{self.plan.phase.name}'")
-        stop, _, time_to_save = module.agreed
-        every = self.config.checkpoint.every_steps
-        is_due = self.step % self.plan.steps_per_epoch == 0 or (every is not None and self.step % every == 0)
-        if is_due or stop or time_to_save or self.reason:
-            self._saved_at = time.monotonic()
-            if trainer.is_global_zero:
-                with self.recorder.saving():
-                    self.files.write_last(self.state(trainer, module), self.monitor.best_step)
+        precision = trainer.precision_plugin.state_dict()
+        self.end_step(module, module.agreed, precision, is_writer=trainer.is_global_zero)
         if self.reason:
             trainer.should_stop = True
-        elif stop:
-            raise Stopped
-        self.recorder.mark()
 
     def _limit_reached(self) -> str:
         phase = self.plan.phase

@@ -148,9 +148,14 @@ def _resolve_phase(config: Config, phase: Phase, layout: Layout, samples: int) -
         "until": phase.until is not None,
         "schedule plateau": phase.schedule == "plateau",
         "validate_every_steps": phase.validate_every_steps is not None,
+        "heads": phase.heads is not None,
     }
     for needs in (name for name, needed in needs_val.items() if needed):
         require(config.data.val is not None, f"{where}: {needs} needs validation; give data.val.")
+    require(
+        phase.heads is None or config.activations.store != "off",
+        f"{where}: heads trains on stored features, but activations.store is off; write auto or require.",
+    )
     return PhasePlan(phase, cut, groups, steps, max_steps)
 
 
@@ -162,7 +167,7 @@ def _stage_rates(phase: Phase, layout: Layout, where: str) -> Rates:
     """The rates of a phase that trains whole stages, and the head."""
     first = _first_stage(phase, layout, where)
     stages = layout.stages[first:]
-    rates = {stage: _decayed(phase, layout, stage) for stage in stages} | {"head": phase.lr or 0.0}
+    rates = {stage: _decayed(phase, layout, stage) for stage in stages} | {"head": phase.head_lr or 0.0}
     alone = "backbone" if phase.layer_decay == 1 else None
     return {
         p.name: (p.stage if p.stage == "head" else alone or p.stage, rates[p.stage])
@@ -278,6 +283,7 @@ def fingerprint(
         "weights_sha256": weights_sha256,
         "phases": phases,
         "precision": plain["trainer"]["precision"],
+        "activations": {key: plain["activations"][key] for key in ("views", "prefix", "dtype")},
     }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -19,6 +20,7 @@ from lit_transfer.data.streams import Samples
 from lit_transfer.errors import require
 from lit_transfer.model.module import Predictions, TransferModule
 
+Result = TypeVar("Result")
 _SYNC_BUFFERS = (  # the same switch, renamed in torch 2.15
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -73,6 +75,20 @@ def make_trainer(config: TrainerConfig, **settings: Any) -> pl.Trainer:
         log_every_n_steps=1,
         **settings,
     )
+
+
+def on_all_ranks(trainer: pl.Trainer, function: Callable[[], Result]) -> Result:
+    """Call a function on every rank, with their communication set up; ranks that do not run yet are started.
+
+    Every rank that runs must call it. `fit` does the same, but only for training.
+    """
+
+    def run() -> Result:
+        trainer.strategy.setup_environment()
+        return function()
+
+    launcher = trainer.strategy.launcher
+    return launcher.launch(run, trainer=trainer) if launcher else run()
 
 
 class PhaseBar(TQDMProgressBar):

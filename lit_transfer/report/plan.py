@@ -35,7 +35,8 @@ class PlannedPhase:
 
     def rate(self, layout: Layout, part: str) -> str:
         """The learning rate of a stage or the head, for people; `part` where not all of it trains."""
-        found = self._rates(layout, [part])
+        many = {setting.lr for setting in self.plan.phase.head_settings}
+        found = many if many and part == "head" else self._rates(layout, [part])
         is_part = None in found and len(found) > 1
         return (_span(found) or "frozen") + (" (part)" if is_part else "")
 
@@ -162,6 +163,9 @@ ALSO = (
 def _also(phase: Phase) -> str:
     plain, usual = to_plain(phase), {field.name: field.default for field in fields(Phase)}
     told = [_said(key, plain[key]) for key in ALSO if plain[key] not in (usual[key], {})]
+    if phase.heads:
+        grid = {key: values for key, values in plain["heads"].items() if values}
+        told.append(_said(f"{len(phase.head_settings)} heads at once on stored features", grid))
     if phase.norm == "batch":
         told.append("BatchNorm uses and updates the statistics of the batch")
     return _wrapped(f"also in {phase.name}: {'; '.join(told)}") if told else ""

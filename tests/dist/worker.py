@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from lit_transfer.launch.train import prepare_job
 from lit_transfer.model.network import Network
 from lit_transfer.phases.agreement import RanksDiffer
-from lit_transfer.phases.run import Job, run_phases
+from lit_transfer.phases.job import Job
+from lit_transfer.phases.run import run_phases
 from lit_transfer.phases.steps import Steps
 from lit_transfer.phases.table import PhasePlan
 from lit_transfer.reading import load

@@ -24,8 +24,9 @@ from lit_transfer.launch import main
 from lit_transfer.launch.find_lr import described
 from lit_transfer.launch.train import prepare_job, prepare_setup
 from lit_transfer.model.module import Stopped
+from lit_transfer.phases.job import Setup
 from lit_transfer.phases.lr_finder import RangeTest, growing_rates, load_weights_before, range_test, results_before
-from lit_transfer.phases.run import Setup, run_phases
+from lit_transfer.phases.run import run_phases
 from lit_transfer.phases.steps import StopSignal
 from lit_transfer.phases.table import resolve
 from lit_transfer.reading import load

@@ -14,7 +14,8 @@ from torch import nn
 from lit_transfer.data.module import SampleDataset
 from lit_transfer.data.plan import Batch, shuffled, step_rows
 from lit_transfer.launch.train import prepare_job
-from lit_transfer.phases.run import Job, run_phases
+from lit_transfer.phases.job import Job
+from lit_transfer.phases.run import run_phases
 from lit_transfer.reading import load
 
 YAML = """

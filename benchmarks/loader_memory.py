@@ -1,0 +1,124 @@
+"""What a rank's processes hold with a large dataset; the datasets repeat the samples that `loader.py` has packed.
+
+python benchmarks/loader_memory.py --make FOLDER SAMPLES | --measure FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from loader_pipelines import BATCH, SEED, WORKERS, preprocessing
+
+from lit_transfer.config import Data, Order, Stream
+from lit_transfer.data import plan
+from lit_transfer.data.manifest import Manifest
+from lit_transfer.data.module import ImageData
+from lit_transfer.data.order import epoch_rows
+from lit_transfer.data.packing import record
+from lit_transfer.data.plan import steps_per_epoch
+from lit_transfer.data.streams import open_streams
+
+STEPS = 20
+NODES, PARTITIONS, SHARDS, SHARD_SAMPLES, GLOBAL_BATCH = (1, 2, 4), 4, 500, 2000, 256
+
+
+def make(folder: Path, samples: int) -> None:
+    """Write a dataset of so many samples: links to one shard, again and again."""
+    whole = Manifest.open(folder / "whole")
+    copies = samples // whole.table.num_rows
+    out = folder / "large"
+    out.mkdir()
+    shards = []
+    for copy in range(copies):
+        name = f"train-{copy:06d}.tar"
+        (out / name).symlink_to(whole.path / whole.shards[0].name)
+        shards.append(replace(whole.shards[0], name=name))
+    table = pa.concat_tables([whole.table] * copies).combine_chunks()
+    shard = np.repeat(np.arange(copies, dtype=np.int32), whole.table.num_rows)
+    table = table.set_column(table.column_names.index("shard"), "shard", pa.array(shard))
+    record.compute_digest = lambda *_: "00" * 32  # what is measured never computes it
+    record.write_manifest(out, task=whole.task, labels=whole.labels, shards=shards, table=table, pack={})
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Open the dataset, plan an epoch and take some batches; then what this process and its workers hold."""
+    start = time.perf_counter()
+    streams = open_streams(Data(train=Stream(manifest=str(folder / "large"), split="train")), SEED)
+    steps = steps_per_epoch(len(streams["train"].rows), BATCH)
+    data = ImageData(streams, preprocessing(), seed=SEED, global_batch=BATCH, workers=WORKERS, steps=range(steps))
+    batches = iter(data.train_dataloader())
+    next(batches)
+    first_batch_s = time.perf_counter() - start
+    for _ in range(STEPS):
+        next(batches)
+    children = descendants(os.getpid())
+    return {
+        "samples": len(streams["train"].rows),
+        "first_batch_s": first_batch_s,
+        "training_process_peak_mb": held_mb(os.getpid(), "status", "VmHWM"),
+        "largest_worker_peak_mb": max(held_mb(child, "status", "VmHWM") for child in children),
+        "all_processes_mb": sum(held_mb(process, "smaps_rollup", "Pss") for process in [os.getpid(), *children]),
+    }
+
+
+def held_mb(process: int, file: str, name: str) -> float:
+    """A line of what the kernel says of a process, in 10^6 bytes."""
+    text = Path(f"/proc/{process}/{file}").read_text()
+    return int(text.partition(f"\n{name}:")[2].split()[0]) * 1024 / 1e6
+
+
+def descendants(process: int) -> list[int]:
+    """The processes that a process has started, and that those have."""
+    files = Path(f"/proc/{process}/task").glob("*/children")
+    children = [int(number) for file in files for number in file.read_text().split()]
+    return children + [grandchild for child in children for grandchild in descendants(child)]
+
+
+def measured(folder: Path, samples: int) -> dict[str, Any]:
+    """`measure` of a dataset of so many samples, which is made first and removed last."""
+    command = [sys.executable, __file__]
+    subprocess.run([*command, "--make", str(folder), str(samples)], check=True)
+    done = subprocess.run([*command, "--measure", str(folder)], check=True, capture_output=True, text=True)
+    for path in (folder / "large").iterdir():
+        path.unlink()
+    (folder / "large").rmdir()
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def node_shares() -> dict[str, float]:
+    """By number of nodes, the mean share of a dataset's shards, all equally long, that a node opens in an epoch."""
+    shard_of = np.repeat(np.arange(SHARDS), SHARD_SAMPLES)
+    rows = epoch_rows(
+        np.arange(len(shard_of)),
+        Order(partitions=PARTITIONS),
+        shards=shard_of,
+        weights=None,
+        global_batch=GLOBAL_BATCH,
+        digest="nodes",
+        seed=SEED,
+        epoch=0,
+    )
+    steps = [plan.step_rows(rows, step, GLOBAL_BATCH) for step in range(steps_per_epoch(len(rows), GLOBAL_BATCH))]
+    shares = {}
+    for nodes in NODES:
+        read = [np.concatenate([plan.slice_of(step, node, nodes) for step in steps]) for node in range(nodes)]
+        opened = [len(np.unique(shard_of[mine[mine != plan.PADDING]])) for mine in read]
+        shares[str(nodes)] = sum(opened) / nodes / SHARDS
+    return shares
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--make":
+        make(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        print(json.dumps(measure(Path(sys.argv[2]))))

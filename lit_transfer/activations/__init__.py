@@ -1,0 +1,1 @@
+"""Outputs of the frozen prefix, computed once and kept on disk."""

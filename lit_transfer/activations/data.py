@@ -1,0 +1,87 @@
+"""Streams whose activations are stored, as data loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_transfer.activations.build import from_records
+from lit_transfer.activations.shelf import Shelf
+from lit_transfer.activations.views import Views
+from lit_transfer.data.decode import Preprocessing
+from lit_transfer.data.module import ImageData, SampleDataset
+from lit_transfer.data.plan import Rows
+from lit_transfer.data.quarantine import DamagedSample
+from lit_transfer.data.streams import Samples
+
+
+@dataclass(frozen=True)
+class StoredStream:
+    """A stream whose activations are all on shelves.
+
+    Args:
+        samples: the stream; its rows are the records of each shelf, in order.
+        views: of each sample.
+        shelves: one for each view.
+    """
+
+    samples: Samples
+    views: Views
+    shelves: tuple[Shelf, ...]
+
+    def places(self, rows: Rows) -> Rows:
+        """Where manifest rows stand on a shelf."""
+        return np.searchsorted(self.samples.rows, rows)
+
+    def read(self, rows: Rows, epoch: int) -> Tensor:
+        """The activations of manifest rows [B] in an epoch of the run, as the next stage takes them: [B, ...]."""
+        places, which = self.places(rows), self.views.which(epoch, rows)
+        shape, dtype = self.shelves[0].contents.shape, self.shelves[0].contents.dtype
+        records = torch.empty((len(rows), *shape), dtype=dtype)
+        for view in np.unique(which):
+            mine = np.flatnonzero(which == view)
+            records[torch.from_numpy(mine)] = self.shelves[view].read(places[mine])
+        return from_records(records)
+
+
+class StoredDataset(SampleDataset):
+    """As `SampleDataset`, but an item has `activations` [B, ...] of the stored type in the place of `image`."""
+
+    def __init__(
+        self, stored: StoredStream, preprocessing: Preprocessing, augment_seed: int | None, balance: str = "none"
+    ) -> None:
+        super().__init__(stored.samples, preprocessing, augment_seed, balance)
+        self.stored = stored
+
+    def _read(self, rows: Rows, epoch: int, damaged: dict[int, dict[str, Any]]) -> tuple[Rows, dict[str, Tensor]]:
+        used = np.array([self._try(int(row), epoch, damaged, self._check)[0] for row in rows])
+        return used, {"activations": self.stored.read(used, epoch)}
+
+    def _check(self, row: int) -> None:
+        """Raise what was found wrong with a row's picture when its activations were computed."""
+        reason = self.stored.shelves[0].damaged(int(self.stored.places(np.array([row]))[0]))
+        if reason is not None:
+            raise DamagedSample(*self.reader.place(row), reason)
+
+
+class StoredData(ImageData):
+    """`ImageData` that reads stored activations for the streams that have them.
+
+    Args:
+        stored: by name.
+        settings: of `ImageData`.
+    """
+
+    def __init__(self, stored: Mapping[str, StoredStream], *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.stored = stored
+
+    def _dataset(self, stream: str, augment_seed: int | None = None, balance: str = "none") -> SampleDataset:
+        if stream in self.stored:
+            return StoredDataset(self.stored[stream], self.preprocessing, augment_seed, balance)
+        return super()._dataset(stream, augment_seed, balance)

@@ -1,0 +1,68 @@
+"""What stored activations are of: all that decides their values, as plain values to be hashed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from lit_transfer.activations.prefix import Recipe
+from lit_transfer.activations.views import View
+from lit_transfer.data.decode import Preprocessing
+from lit_transfer.data.streams import Samples
+from lit_transfer.model.backbone import Backbone
+
+_PACKAGES = ("torchvision", "timm", "pillow", "simplejpeg")
+
+
+def content(
+    backbone: Backbone,
+    cut: int,
+    stage_hashes: Sequence[str],
+    samples: Samples,
+    preprocessing: Preprocessing,
+    view: View,
+) -> dict[str, Any]:
+    """What is stored, however it is computed.
+
+    Args:
+        backbone: its name and stages are read.
+        cut: stages before it.
+        stage_hashes: as `hash_stages` gives them.
+        samples: their rows are the records, in order.
+        preprocessing: of the pictures.
+        view: of each picture.
+    """
+    return {
+        "backbone": backbone.name,
+        "cut": [*backbone.stage_names, "head"][cut],
+        "weights_sha256": hashlib.sha256("".join(stage_hashes[:cut]).encode()).hexdigest(),
+        "dataset": samples.manifest.digest,
+        "rows_sha256": hashlib.sha256(samples.rows.astype("<i8").tobytes()).hexdigest(),
+        "preprocessing": preprocessing.to_plain(),
+        **view.key,
+    }
+
+
+def description(content: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """What is stored and how it is computed: what the name of its folder is the hash of."""
+    return {"content": content, "recipe": recipe.to_plain(), "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Those of the packages that decode pictures and compute stages."""
+    return {"torch": torch.__version__} | {name: version(name) for name in _PACKAGES}
+
+
+def hash_stages(backbone: Backbone) -> list[str]:
+    """Of each stage, sha256 of the names, types, shapes and bytes of its tensors as they are now."""
+    hashes = {name: hashlib.sha256() for name in backbone.stage_names}
+    for name, tensor in backbone.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        found = hashes[backbone.stage_of(name)]
+        found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy())
+    return [found.hexdigest() for found in hashes.values()]

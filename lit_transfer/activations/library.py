@@ -1,0 +1,167 @@
+"""The store as one network and its streams see it: what is there for them, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_transfer.activations.build import Source, Wanted, build, check_records, record_shape
+from lit_transfer.activations.data import StoredStream
+from lit_transfer.activations.key import content, description, hash_stages, versions
+from lit_transfer.activations.prefix import Prefix, Recipe, fast_recipe, plain_recipe
+from lit_transfer.activations.shelf import Shelf
+from lit_transfer.activations.store import ActivationStore, default_folder
+from lit_transfer.activations.views import View, Views
+from lit_transfer.config import Activations
+from lit_transfer.data.decode import Preprocessing
+from lit_transfer.data.module import SampleDataset
+from lit_transfer.data.plan import Batch
+from lit_transfer.data.streams import Samples
+from lit_transfer.model.augment import eval_input
+from lit_transfer.model.backbone import Backbone, device_of
+
+CHECKED_RECORDS = 64
+"""Random records of a stream that are computed again whenever it is opened."""
+
+
+class Library:
+    """What is stored, or could be, of some streams as a backbone sees them.
+
+    Args:
+        backbone: with its weights as they are, on the device where it is to be run.
+        preprocessing: of the pictures.
+        settings: of the store.
+        inputs: each stream with its views.
+        workers: processes that decode.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        preprocessing: Preprocessing,
+        settings: Activations,
+        inputs: Mapping[str, tuple[Samples, Views]],
+        workers: int,
+    ) -> None:
+        self.backbone, self.preprocessing, self.settings, self.inputs = backbone, preprocessing, settings, inputs
+        self.workers = workers
+        self.device = device_of(backbone)
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        folder = default_folder() if settings.folder is None else Path(settings.folder)
+        self.store = ActivationStore(folder, int(settings.limit_gb * 1e9), settings.group_writable)
+        self._hashes = hash_stages(backbone)
+        self._plain = plain_recipe(self.device)
+        images = self.images("train" if "train" in inputs else next(iter(inputs)), 1)
+        cuts = range(1, len(backbone.stages) + 1)
+        outputs = Prefix(backbone, cuts, self._plain, preprocessing.size)(images)
+        self.shapes = {cut: record_shape(output) for cut, output in outputs.items()}
+
+    def images(self, stream: str, count: int) -> Tensor:
+        """The first pictures of a stream as validation sees them, [count, 3, S, S], on the device."""
+        samples = self.inputs[stream][0]
+        rows = np.resize(samples.rows, count)
+        item = SampleDataset(samples, self.preprocessing, None)[Batch(0, rows)]
+        return eval_input(item["image"].to(self.device), self.preprocessing)
+
+    def record_bytes(self, cut: int) -> int:
+        """Of one record."""
+        return int(np.prod(self.shapes[cut])) * self.dtype.itemsize
+
+    def recipe(self, cuts: Collection[int]) -> Recipe | None:
+        """How what is there of some cuts was computed, the most complete first; None if nothing is that may be used."""
+        found = [shelf for cut in cuts for shelf in self._known(cut)]
+        found.sort(key=lambda shelf: len(shelf.missing()) / max(1, shelf.parts))
+        return Recipe.from_plain(found[0].description["recipe"]) if found else None
+
+    def new_recipe(self, cuts: Collection[int]) -> Recipe:
+        """How to compute what is not there yet; measures, unless the settings ask for the plain prefix."""
+        if self.settings.prefix == "plain":
+            return self._plain
+        images = self.images(next(iter(self.inputs)), self._plain.batch)
+        return fast_recipe(self.backbone, sorted(cuts), images, compiled=self.settings.prefix == "compiled")
+
+    def missing(self, cut: int, recipe: Recipe | None) -> int:
+        """Records of a cut, over all streams and views, that are not there under a recipe."""
+        if recipe is None:
+            return sum(len(samples.rows) * len(views.views) for samples, views in self.inputs.values())
+        return sum(want.shelf.missing_records() for wanted in self._wanted([cut], recipe).values() for want in wanted)
+
+    def make_room(self, cuts: Collection[int], recipe: Recipe) -> bool:
+        """Evict what was used longest ago until the rest of some cuts fits; False if it never does."""
+        return self.store.make_room(sum(self.missing(cut, recipe) * self.record_bytes(cut) for cut in cuts))
+
+    def fill(self, cuts: Collection[int], recipe: Recipe, *, share: tuple[int, int], progress: bool) -> None:
+        """Compute what is missing of some cuts, in one pass over each stream; see `build`."""
+        prefix = Prefix(self.backbone, sorted(cuts), recipe, self.preprocessing.size)
+        for name, wanted in self._wanted(cuts, recipe).items():
+            build(wanted, self._source(name), prefix, share=share, progress=progress)
+
+    def mend(self, cut: int, recipe: Recipe, share: tuple[int, int]) -> int:
+        """Look at the checksum of every record of a cut; wrong parts are removed. Returns how many records were wrong.
+
+        `share`: this process, and how many there are that each look at their part.
+        """
+        wrong = 0
+        for wanted in self._wanted([cut], recipe).values():
+            for shelf in (want.shelf for want in wanted):
+                for part in range(share[0], shelf.parts, share[1]):
+                    if found := shelf.verify(part):
+                        shelf.discard(part)
+                        wrong += len(found)
+        return wrong
+
+    def check(self, cut: int, recipe: Recipe) -> None:
+        """Compute random records again, and compare.
+
+        Raises:
+            UserError: a record is not what its picture gives.
+        """
+        prefix = Prefix(self.backbone, [cut], recipe, self.preprocessing.size)
+        for name, wanted in self._wanted([cut], recipe).items():
+            check_records(wanted, self._source(name), prefix, CHECKED_RECORDS)
+
+    def streams(self, cut: int, recipe: Recipe) -> dict[str, StoredStream]:
+        """All streams at a cut that is there as a whole."""
+        return {
+            name: StoredStream(*self.inputs[name], tuple(want.shelf for want in wanted))
+            for name, wanted in self._wanted([cut], recipe).items()
+        }
+
+    def _source(self, name: str) -> Source:
+        return Source(self.inputs[name][0], self.preprocessing, self.device, self.workers)
+
+    def _wanted(self, cuts: Collection[int], recipe: Recipe) -> dict[str, list[Wanted]]:
+        return {
+            name: [Wanted(self._shelf(samples, view, cut, recipe), view, cut) for cut in cuts for view in views.views]
+            for name, (samples, views) in self.inputs.items()
+        }
+
+    def _shelf(self, samples: Samples, view: View, cut: int, recipe: Recipe) -> Shelf:
+        about = description(self._content(samples, view, cut), recipe)
+        return self.store.shelf(about, records=len(samples.rows), shape=self.shapes[cut], dtype=self.dtype)
+
+    def _content(self, samples: Samples, view: View, cut: int) -> dict[str, Any]:
+        return content(self.backbone, cut, self._hashes, samples, self.preprocessing, view)
+
+    def _known(self, cut: int) -> list[Shelf]:
+        """Shelves of a cut that the settings allow to be read."""
+        contents = [
+            self._content(samples, view, cut) for samples, views in self.inputs.values() for view in views.views
+        ]
+        return [
+            shelf
+            for shelf in self._shelves()
+            if shelf.description["content"] in contents
+            and (self.settings.prefix != "plain" or shelf.description["recipe"] == self._plain.to_plain())
+        ]
+
+    def _shelves(self) -> Sequence[Shelf]:
+        """Those of the type asked for, computed with the packages that are here."""
+        here = versions()
+        return [s for s in self.store.shelves() if s.dtype == self.dtype and s.description["versions"] == here]
+
