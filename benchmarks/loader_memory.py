@@ -67,6 +67,9 @@ def measure(folder: Path) -> dict[str, Any]:
         "training_process_peak_mb": held_mb(os.getpid(), "status", "VmHWM"),
         "largest_worker_peak_mb": max(held_mb(child, "status", "VmHWM") for child in children),
         "all_processes_mb": sum(held_mb(process, "smaps_rollup", "Pss") for process in [os.getpid(), *children]),
+        "of_it_not_mapped_files_mb": sum(
+            held_mb(process, "smaps_rollup", "Pss_Anon") for process in [os.getpid(), *children]
+        ),
     }
 
 

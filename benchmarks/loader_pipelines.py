@@ -10,6 +10,7 @@ lit_transfer hand over uint8 canvases, and the training process cuts and normali
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import sys
@@ -127,12 +128,22 @@ PIPELINES: dict[str, Callable[[Path], Iterator[Tensor]]] = {
     "ImageFolder": image_folder,
     "litdata": litdata,
 }
+IMPORTS = {
+    "ours": ("lit_transfer.data.module", "lit_transfer.model.augment"),
+    "ours, before normalising": ("lit_transfer.data.module",),
+    "webdataset": ("torchvision.transforms.v2", "webdataset"),
+    "ImageFolder": ("torchvision.transforms.v2",),
+    "litdata": ("torchvision.transforms.v2", "litdata"),
+}
 
 
-def measure(pipeline: Callable[[Path], Iterator[Tensor]], folder: Path) -> dict[str, float]:
+def measure(name: str, folder: Path) -> dict[str, float]:
     """Seconds from opening the dataset to the first batch; images per second from the batch after the warm-up on."""
+    torch.set_num_threads(1)  # as torchrun has it where ranks share the cores
+    for module in IMPORTS[name]:
+        importlib.import_module(module)
     start = time.perf_counter()
-    batches = pipeline(folder)
+    batches = PIPELINES[name](folder)
     first = next(batches)
     first_batch_s = time.perf_counter() - start
     assert first.shape[:2] == (BATCH, 3), first.shape
@@ -173,7 +184,7 @@ def main() -> None:
     if name == "write litdata":
         write_litdata(folder)
     else:
-        print(json.dumps(bare(folder) if name == "bare decoding" else measure(PIPELINES[name], folder)))
+        print(json.dumps(bare(folder) if name == "bare decoding" else measure(name, folder)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ VERBS = {
     "find-lr": "try learning rates on a phase of a config, and suggest some",
     "plan": "print what a run would do, without a GPU",
     "train": "run the phases of a config",
+    "features": "write what backbones give for a dataset, fit classical heads to it, keep the best",
     "evaluate": "measure a finished run on a split or a dataset",
     "predict": "name the pictures you give",
     "store": "list, verify or prune the activations that runs have stored",

@@ -10,18 +10,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lit_transfer.blocks import FeaturesConfig
 from lit_transfer.config import Config, Stream
 from lit_transfer.config import Trainer as TrainerConfig
 from lit_transfer.data.manifest import is_dataset
 from lit_transfer.data.streams import Samples, check_same_labels, open_stream, shard_cache
 from lit_transfer.errors import UserError, require
-from lit_transfer.evaluation import predict_samples, scaled
+from lit_transfer.evaluation import BATCH, Measured, Measuring, predict_samples, scaled
 from lit_transfer.launch import run as run_verb
 from lit_transfer.launch.options import Parser
 from lit_transfer.model import portable
-from lit_transfer.reading import load
+from lit_transfer.reading import load_any
 from lit_transfer.report import table
 from lit_transfer.report.split import Evaluation, check_column, write_report
+
+AnyConfig = Config | FeaturesConfig
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -39,13 +42,13 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def streams_of(config: Config) -> dict[str, Stream]:
+def streams_of(config: AnyConfig) -> dict[str, Stream]:
     """The streams that a config names."""
     named = {"train": config.data.train, "val": config.data.val, "test": config.data.test}
     return {name: stream for name, stream in named.items() if stream is not None}
 
 
-def stream_of(config: Config, manifest: str | None, split: str | None) -> tuple[str, Stream]:
+def stream_of(config: AnyConfig, manifest: str | None, split: str | None) -> tuple[str, Stream]:
     """What to measure on, and its name: a stream of the run, or a split of its dataset or of another one."""
     named = streams_of(config)
     held_out = next((name for name in ("test", "val") if name in named), None)
@@ -58,7 +61,7 @@ def stream_of(config: Config, manifest: str | None, split: str | None) -> tuple[
     return name, named.get(name) or Stream(manifest=config.data.train.manifest, split=name)
 
 
-def open_own(run: Path, config: Config, stream: Stream, label: str | None) -> Samples:
+def open_own(run: Path, config: AnyConfig, stream: Stream, label: str | None) -> Samples:
     """A stream of the run's own datasets, as they were when it was trained.
 
     Raises:
@@ -85,7 +88,7 @@ def open_own(run: Path, config: Config, stream: Stream, label: str | None) -> Sa
 
 
 def evaluate(
-    config: Config, model: portable.TransferModel, samples: Samples, batch: int, run_dir: Path, stream: str
+    config: Measuring, model: portable.TransferModel, samples: Samples, batch: int, run_dir: Path, stream: str
 ) -> Evaluation:
     """Measure a run's model on a stream; every rank must call it."""
     predictions = predict_samples(config, model.network, samples, model.preprocessing, batch, run_dir, stream)
@@ -103,17 +106,15 @@ def main(argv: Sequence[str]) -> int:
     """Exit status 0, or 2 for a fault of the input."""
     options = _arguments(argv)
     model = portable.load(options.run)
-    config: Config = load(options.run / "config.yaml")
+    config = load_any(options.run / "config.yaml")
     trainer = TrainerConfig(
         devices=options.devices,
-        deterministic=config.trainer.deterministic,
+        deterministic=isinstance(config, Config) and config.trainer.deterministic,
         progress=not options.json and sys.stderr.isatty(),
     )
     workers = config.data.workers if options.workers is None else options.workers
-    assert isinstance(config.phases, list), "a run's own config has its presets expanded"
-    batch = config.phases[-1].global_batch if options.batch is None else options.batch
+    batch = _batch_of(config) if options.batch is None else options.batch
     require(batch >= 1, f"--batch {batch} is under 1; give 1 or more.")
-    config = replace(config, trainer=trainer, data=replace(config.data, workers=workers))
 
     name, stream = stream_of(config, options.manifest, options.split)
     label = model.info.label
@@ -124,7 +125,8 @@ def main(argv: Sequence[str]) -> int:
     check_same_labels(samples.manifest.name, samples.manifest, label, "the run's model", model.task, model.classes)
     if options.by is not None:
         check_column(samples, options.by)
-    evaluation = evaluate(config, model, samples, batch, options.run, name)
+    measured = Measured(trainer, replace(config.data, workers=workers))
+    evaluation = evaluate(measured, model, samples, batch, options.run, name)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return 0
     figures = {"run": model.info.provenance["run_id"], "split": stream.split} | evaluation.figures(options.by)
@@ -133,6 +135,14 @@ def main(argv: Sequence[str]) -> int:
     print((folder / "metrics.json").read_text() if options.json else as_text(evaluation, options.by))
     print(f"figures and pictures are in {folder}", file=sys.stderr)
     return 0
+
+
+def _batch_of(config: AnyConfig) -> int:
+    """Samples per step of a run's last phase."""
+    if isinstance(config, FeaturesConfig):
+        return BATCH
+    assert isinstance(config.phases, list), "a run's own config has its presets expanded"
+    return config.phases[-1].global_batch
 
 
 def as_text(evaluation: Evaluation, by: str | None) -> str:

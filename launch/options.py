@@ -52,20 +52,28 @@ def read_config(
     Raises:
         UserError: no file, an unknown key, or a value that breaks a rule.
     """
+    path, overrides = find_config(argv, program, doc, cls, needs_file=needs_file)
+    return parse(cls, override({}, overrides)) if path is None else load(path, overrides, cls)
+
+
+def find_config(
+    argv: Sequence[str], program: str, doc: str | None, cls: type, *, needs_file: bool = True
+) -> tuple[str | None, list[str]]:
+    """The path behind `--config`, None where there is none, and the other arguments; as `read_config` takes them."""
     arguments = list(argv)
     if not arguments or {"-h", "--help"} & set(arguments):
         print(help_text(doc or "", cls))
         sys.exit(0)
     places = [i for i, argument in enumerate(arguments) if argument.partition("=")[0] == "--config"]
     if not places and not needs_file:
-        return parse(cls, override({}, arguments))
+        return None, arguments
     require(len(places) == 1, f"{program} needs --config FILE once; configs/ has examples.")
     place = places[0]
     _, equals, path = arguments.pop(place).partition("=")
     if not equals:
         require(place < len(arguments), "--config has no value; write --config FILE.")
         path = arguments.pop(place)
-    return load(path, arguments, cls)
+    return path, arguments
 
 
 def help_text(doc: str, cls: type) -> str:

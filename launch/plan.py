@@ -32,6 +32,7 @@ from lit_transfer.objectives.losses import class_weights, outputs
 from lit_transfer.objectives.metrics import metric_names
 from lit_transfer.phases.optim import build_optimizer
 from lit_transfer.phases.presets import expand
+from lit_transfer.phases.stored import check_activations
 from lit_transfer.phases.table import PhasePlan, check_metrics, check_objectives, resolve
 from lit_transfer.phases.trainer import ranks_of
 from lit_transfer.reading import to_plain
@@ -103,6 +104,7 @@ def described(config: Config, samples: int | None = None, classes: int | None = 
     check_objectives(dataset.task, config.objective, phases)
     check_metrics(config, phases, metric_names(dataset.task, len(dataset.classes)))
     plans = resolve(config, network.layout(), dataset.samples)
+    check_activations(config, plans, network.backbone.stage_names, preprocessing)
     planned = [_planned(config, network, plan, preprocessing, dataset.samples) for plan in plans]
     blocks = [
         f"Plan of run {config.name}, seed {config.seed}, written to {config.run_dir}",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from lit_transfer.config import Config
+from lit_transfer.config import Data, Trainer
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.quarantine import FILE_NAME as QUARANTINE
 from lit_transfer.data.quarantine import Quarantine
@@ -29,8 +29,40 @@ from lit_transfer.reading import to_plain
 from lit_transfer.report.split import Evaluation, write_report
 
 
+BATCH = 64
+"""Samples per step, where a run had no steps."""
+
+
+class Measuring(Protocol):
+    """What measuring needs of a config."""
+
+    @property
+    def trainer(self) -> Trainer:
+        """Ranks."""
+        ...
+
+    @property
+    def data(self) -> Data:
+        """Workers, and how much may be damaged."""
+        ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Ranks and data of one measurement."""
+
+    trainer: Trainer
+    data: Data
+
+
 def predict_samples(
-    config: Config, network: Network, samples: Samples, preprocessing: Preprocessing, batch: int, run: Path, stream: str
+    config: Measuring,
+    network: Network,
+    samples: Samples,
+    preprocessing: Preprocessing,
+    batch: int,
+    run: Path,
+    stream: str,
 ) -> Predictions:
     """What a network says of a stream in 32-bit precision, as the portable model computes it, on the config's ranks
     and workers; every rank must call it. Damaged samples are left out, and listed in the run directory `run`.

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from lit_transfer.blocks import FeaturesConfig
 from lit_transfer.config import Config
 from lit_transfer.errors import UserError, nearest, require
 
@@ -74,10 +75,20 @@ def parse(cls: type[ConfigT], plain: Mapping[str, Any]) -> ConfigT:
 
 def load(path: str | Path, overrides: Sequence[str] = (), cls: type[ConfigT] = Config) -> ConfigT:  # type: ignore[assignment]
     """Build a config from a YAML file and command-line overrides (`--a.b VALUE`, `--phases.0.lr=VALUE`)."""
+    return parse(cls, override(_read_file(path), overrides))
+
+
+def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Config | FeaturesConfig:
+    """As `load`, the config of a training run or, where it has backbones, of features."""
+    plain = override(_read_file(path), overrides)
+    return parse(FeaturesConfig, plain) if "backbones" in plain else parse(Config, plain)
+
+
+def _read_file(path: str | Path) -> dict[str, Any]:
     require(Path(path).is_file(), f"config file '{path}' does not exist.")
     plain = read_yaml(Path(path).read_text(encoding="utf-8"))
     require(isinstance(plain, dict), f"config file '{path}' must hold keys and values.")
-    return parse(cls, override(plain, overrides))
+    return typing.cast(dict[str, Any], plain)
 
 
 def override(plain: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]:

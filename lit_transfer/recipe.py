@@ -16,10 +16,14 @@ class Head:
         hidden: widths of hidden layers, each followed by ReLU; empty is one linear layer.
         dropout: probability after each hidden layer (before the last layer if there is none): one number, or
             one for each.
+        init: how the last layer starts: near zero, or as the logistic regression that cross-validation finds best on
+            what the backbone gives for the training pictures before the first phase (LP-FT, Kumar et al. 2022); that
+            takes a head of one linear layer.
     """
 
     hidden: list[int] = field(default_factory=list)
     dropout: float | list[float] = 0.0
+    init: Literal["random", "logistic_regression"] = "random"
 
     def __post_init__(self) -> None:
         require(all(width > 0 for width in self.hidden), f"model.head.hidden {self.hidden} has a width under 1.")
@@ -29,6 +33,11 @@ class Head:
         require(
             not isinstance(self.dropout, list) or len(self.dropout) == places,
             f"model.head.dropout has {len(rates)} rates for {places} place(s); give one, or one for each.",
+        )
+        require(
+            self.init == "random" or not self.hidden,
+            f"model.head.init {self.init} starts one linear layer, but model.head.hidden {self.hidden} stands before "
+            "it; remove hidden, or use random.",
         )
 
 
@@ -48,8 +57,8 @@ class Model:
         last_stage: the last stage to keep, by name; later ones are removed. All are kept by default.
         transfer_to: the last stage whose weights are copied, by name; later ones start as those of a new network,
             from the run's seed (Yosinski et al. 2014). All are copied by default.
-        pool: how the last stage's output becomes a vector: `auto` is the network's own way, else the average
-            over positions, or all positions side by side.
+        pool: how the last stage's output becomes a vector: `auto` is the network's own way, else the average or
+            the maximum over positions, or all positions side by side.
         head: the new head.
     """
 
@@ -61,7 +70,7 @@ class Model:
     resample: list[str] = field(default_factory=list)
     last_stage: str | None = None
     transfer_to: str | None = None
-    pool: Literal["auto", "avg", "flatten"] = "auto"
+    pool: Literal["auto", "avg", "max", "flatten"] = "auto"
     head: Head = field(default_factory=Head)
 
     def __post_init__(self) -> None:

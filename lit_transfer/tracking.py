@@ -22,6 +22,7 @@ import torch
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from lit_transfer.blocks import FeaturesConfig
 from lit_transfer.config import Config
 from lit_transfer.errors import UserError
 from lit_transfer.files import replacing, write_json, write_text
@@ -77,7 +78,7 @@ class Run:
 
 
 def open_run(
-    config: Config,
+    config: Config | FeaturesConfig,
     fingerprint: dict[str, Any],
     compare: Callable[[Any, Any], list[str]],
     *,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -14,12 +16,11 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from lit_transfer.activations.lease import Lease
 from lit_transfer.activations.prefix import Prefix, Recipe
 from lit_transfer.activations.shelf import ROWS_PER_PART, Shelf
 from lit_transfer.activations.views import View
 from lit_transfer.data.decode import Preprocessing
-from lit_transfer.data.module import SampleDataset, loader
+from lit_transfer.data.loading import SampleDataset, loader
 from lit_transfer.data.plan import PADDING, Batch, Rows
 from lit_transfer.data.streams import Samples
 from lit_transfer.errors import require
@@ -74,9 +75,12 @@ def build(wanted: Sequence[Wanted], source: Source, prefix: Prefix, *, share: tu
         UserError: a value is too large for the stored type.
     """
     bar = None
+    dataset = SampleDataset(source.samples, source.preprocessing, None)
     while any(want.shelf.missing() for want in wanted):
         claims = _Claims(wanted, source.samples, share, prefix.recipe.batch)
-        dataset = SampleDataset(source.samples, source.preprocessing, None)
+        if claims.first is None:  # others have claimed the rest
+            time.sleep(_POLL_S)
+            continue
         try:
             for item in loader(dataset, claims, source.workers):
                 claim = claims.pending[0]
@@ -91,8 +95,7 @@ def build(wanted: Sequence[Wanted], source: Source, prefix: Prefix, *, share: tu
                     claim.write()
         finally:
             for claim in claims.pending:
-                claim.release()
-        time.sleep(_POLL_S if any(want.shelf.missing() for want in wanted) else 0)  # others have claimed the rest
+                claim.leases.close()
     if bar is not None:
         bar.close()
 
@@ -100,7 +103,7 @@ def build(wanted: Sequence[Wanted], source: Source, prefix: Prefix, *, share: tu
 class _Claim:
     """A part that this process computes: what of it is missing on which shelves, and what was computed so far."""
 
-    def __init__(self, part: int, wanted: Sequence[Wanted], leases: Sequence[Lease], rows: Rows) -> None:
+    def __init__(self, part: int, wanted: Sequence[Wanted], leases: ExitStack, rows: Rows) -> None:
         self.part, self.wanted, self.leases, self.rows = part, wanted, leases, rows
         self.values: list[list[Tensor]] = [[] for _ in wanted]
         self.damaged: dict[int, str] = {}
@@ -129,43 +132,47 @@ class _Claim:
 
     def write(self) -> None:
         """Put the part on its shelves, and let go of it."""
-        try:
+        with self.leases:
             for want, values in zip(self.wanted, self.values, strict=True):
                 want.shelf.write(self.part, torch.cat(values), self.damaged)
-        finally:
-            self.release()
-
-    def release(self) -> None:
-        for lease in self.leases:
-            lease.release()
 
 
 class _Claims(Sampler[Batch]):
-    """Batches of the parts that this process could claim; a part is claimed when a loader asks for its rows."""
+    """Batches of the parts that this process could claim. The first is claimed at once, if there is one; others when
+    a loader asks for their rows.
+    """
 
     def __init__(self, wanted: Sequence[Wanted], samples: Samples, share: tuple[int, int], batch: int) -> None:
         self.wanted, self.samples, self.share, self.batch = wanted, samples, share, batch
         self.pending: deque[_Claim] = deque()
+        self._claimed = self._claims()
+        self.first = next(self._claimed, None)
 
     def __iter__(self) -> Iterator[Batch]:
-        parts = sorted({part for want in self.wanted for part in want.shelf.missing()})
-        start = len(parts) * self.share[0] // self.share[1]
-        for part in parts[start:] + parts[:start]:
-            claim = self._claim(part)
-            if claim is None:
-                continue
-            self.pending.append(claim)
+        for claim in chain([self.first] if self.first else [], self._claimed):
             for first in range(0, len(claim.rows), self.batch):
                 rows = claim.rows[first : first + self.batch]
                 yield Batch(0, np.concatenate([rows, np.full(self.batch - len(rows), PADDING, np.int64)]))
 
+    def _claims(self) -> Iterator[_Claim]:
+        parts = sorted({part for want in self.wanted for part in want.shelf.missing()})
+        start = len(parts) * self.share[0] // self.share[1]
+        for part in parts[start:] + parts[:start]:
+            claim = self._claim(part)
+            if claim is not None:
+                self.pending.append(claim)
+                yield claim
+
     def _claim(self, part: int) -> _Claim | None:
-        leases = [(want, want.shelf.claim(part)) for want in self.wanted]
-        mine = [(want, lease) for want, lease in leases if lease is not None]
-        if not mine:
-            return None
-        rows = self.samples.rows[part * ROWS_PER_PART : (part + 1) * ROWS_PER_PART]
-        return _Claim(part, [want for want, _ in mine], [lease for _, lease in mine], rows)
+        mine = []
+        with ExitStack() as leases:  # which lets go of all of them where one cannot be made
+            for want in self.wanted:
+                lease = want.shelf.claim(part)
+                if lease is not None:
+                    leases.enter_context(lease)
+                    mine.append(want)
+            rows = self.samples.rows[part * ROWS_PER_PART : (part + 1) * ROWS_PER_PART]
+            return _Claim(part, mine, leases.pop_all(), rows) if mine else None
 
 
 def check_records(wanted: Sequence[Wanted], source: Source, prefix: Prefix, count: int) -> None:
@@ -210,11 +217,6 @@ def _tolerance(recipe: Recipe, shelf: Shelf) -> float:
 def record_shape(output: Tensor) -> tuple[int, ...]:
     """The shape of one record of activations [B, ...]: maps have their channels last, as the network computes them."""
     return tuple(_channels_last(output).shape[1:])
-
-
-def from_records(records: Tensor) -> Tensor:
-    """Records [B, ...] as the network takes them: the inverse of how they are stored."""
-    return records.permute(0, 3, 1, 2) if records.ndim == 4 else records
 
 
 def _channels_last(output: Tensor) -> Tensor:

@@ -86,13 +86,11 @@ def decide(costs: Costs, uses: Sequence[Use], missing: Mapping[int, int], sample
     cuts: dict[str, int] = {}
     saved_s = 0.0
     for use in uses:
-        taken = sum(missing[cut] * costs.bytes[cut] for cut in set(cuts.values()))
-        fits = [
-            cut
-            for cut in missing
-            if cut <= use.frozen and (cut in cuts.values() or taken + missing[cut] * costs.bytes[cut] <= free_bytes)
-        ]
-        times = {cut: use.samples * epoch_s(costs, use, cut) + _write_s(costs, missing[cut], cut) for cut in fits}
+        chosen = set(cuts.values())
+        taken = sum(missing[cut] * costs.bytes[cut] for cut in chosen)
+        new = {cut: 0 if cut in chosen else missing[cut] for cut in missing if cut <= use.frozen}
+        fits = [cut for cut in new if not new[cut] or taken + new[cut] * costs.bytes[cut] <= free_bytes]
+        times = {cut: use.samples * epoch_s(costs, use, cut) + _write_s(costs, new[cut], cut) for cut in fits}
         best = min(fits, key=lambda cut: (times[cut], -cut), default=None)
         if best is not None and times[best] < use.samples * epoch_s(costs, use, None):
             cuts[use.name] = best

@@ -1,8 +1,10 @@
-"""Streams whose activations are stored, as data loaders."""
+"""Streams whose activations are stored, a batch at a time.
+
+Workers import this file, so nothing slow may stand here that they do without, such as Lightning.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_transfer.activations.build import from_records
 from lit_transfer.activations.shelf import Shelf
 from lit_transfer.activations.views import Views
 from lit_transfer.data.decode import Preprocessing
-from lit_transfer.data.module import ImageData, SampleDataset
+from lit_transfer.data.loading import SampleDataset
 from lit_transfer.data.plan import Rows
 from lit_transfer.data.quarantine import DamagedSample
 from lit_transfer.data.streams import Samples
@@ -46,7 +47,7 @@ class StoredStream:
         for view in np.unique(which):
             mine = np.flatnonzero(which == view)
             records[torch.from_numpy(mine)] = self.shelves[view].read(places[mine])
-        return from_records(records)
+        return _from_records(records)
 
 
 class StoredDataset(SampleDataset):
@@ -69,19 +70,6 @@ class StoredDataset(SampleDataset):
             raise DamagedSample(*self.reader.place(row), reason)
 
 
-class StoredData(ImageData):
-    """`ImageData` that reads stored activations for the streams that have them.
-
-    Args:
-        stored: by name.
-        settings: of `ImageData`.
-    """
-
-    def __init__(self, stored: Mapping[str, StoredStream], *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.stored = stored
-
-    def _dataset(self, stream: str, augment_seed: int | None = None, balance: str = "none") -> SampleDataset:
-        if stream in self.stored:
-            return StoredDataset(self.stored[stream], self.preprocessing, augment_seed, balance)
-        return super()._dataset(stream, augment_seed, balance)
+def _from_records(records: Tensor) -> Tensor:
+    """Records [B, ...] as the network takes them: the inverse of how they are stored."""
+    return records.permute(0, 3, 1, 2) if records.ndim == 4 else records

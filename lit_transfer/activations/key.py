@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -14,6 +15,7 @@ from lit_transfer.activations.views import View
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.streams import Samples
 from lit_transfer.model.backbone import Backbone
+from lit_transfer.model.stages import Step
 
 _PACKAGES = ("torchvision", "timm", "pillow", "simplejpeg")
 
@@ -39,7 +41,7 @@ def content(
     return {
         "backbone": backbone.name,
         "cut": [*backbone.stage_names, "head"][cut],
-        "weights_sha256": hashlib.sha256("".join(stage_hashes[:cut]).encode()).hexdigest(),
+        "stages_sha256": hashlib.sha256("".join(stage_hashes[:cut]).encode()).hexdigest(),
         "dataset": samples.manifest.digest,
         "rows_sha256": hashlib.sha256(samples.rows.astype("<i8").tobytes()).hexdigest(),
         "preprocessing": preprocessing.to_plain(),
@@ -58,11 +60,18 @@ def versions() -> dict[str, str]:
 
 
 def hash_stages(backbone: Backbone) -> list[str]:
-    """Of each stage, sha256 of the names, types, shapes and bytes of its tensors as they are now."""
-    hashes = {name: hashlib.sha256() for name in backbone.stage_names}
+    """Of each stage, sha256 of its steps, and of the names, types, shapes and bytes of its tensors as they are now."""
+    hashes = {stage.name: hashlib.sha256(f"{[*map(_named, stage.steps)]}".encode()) for stage in backbone.stages}
     for name, tensor in backbone.state_dict().items():
         tensor = tensor.detach().cpu().contiguous()
         found = hashes[backbone.stage_of(name)]
         found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         found.update(tensor.flatten().view(torch.uint8).numpy())
     return [found.hexdigest() for found in hashes.values()]
+
+
+def _named(step: Step) -> str:
+    """What tells a step from others: how a network is pooled, for one, has no tensors."""
+    if isinstance(step, partial):
+        return f"{_named(step.func)}{step.args}{step.keywords}"
+    return step if isinstance(step, str) else f"{step.__module__}.{step.__qualname__}"

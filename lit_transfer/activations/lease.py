@@ -28,6 +28,7 @@ TIMEOUT_S = 60.0
 """Seconds without a touch after which a holder that cannot be looked at counts as dead."""
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _BEATS_PER_TIMEOUT = 10
+_POLL_S = 0.05
 
 Standing = Literal["live", "dead", "unknown"]
 
@@ -148,7 +149,7 @@ def standing(path: Path, timeout_s: float = TIMEOUT_S) -> Standing:
 def settle(paths: Iterable[Path], timeout_s: float = TIMEOUT_S) -> None:
     """Watch leases until it is known of each whether its holder lives; takes `timeout_s` at most."""
     while any([standing(path, timeout_s) == "unknown" for path in paths]):  # a list: each of them is looked at
-        time.sleep(timeout_s / _BEATS_PER_TIMEOUT)
+        time.sleep(_POLL_S)
 
 
 @dataclass(frozen=True)

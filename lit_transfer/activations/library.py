@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_transfer.activations.build import Source, Wanted, build, check_records, record_shape
+from lit_transfer.activations.contents import Contents, read_contents
 from lit_transfer.activations.data import StoredStream
 from lit_transfer.activations.key import content, description, hash_stages, versions
 from lit_transfer.activations.prefix import Prefix, Recipe, fast_recipe, plain_recipe
@@ -19,7 +20,7 @@ from lit_transfer.activations.store import ActivationStore, default_folder
 from lit_transfer.activations.views import View, Views
 from lit_transfer.config import Activations
 from lit_transfer.data.decode import Preprocessing
-from lit_transfer.data.module import SampleDataset
+from lit_transfer.data.loading import SampleDataset
 from lit_transfer.data.plan import Batch
 from lit_transfer.data.streams import Samples
 from lit_transfer.model.augment import eval_input
@@ -89,11 +90,19 @@ class Library:
         """Records of a cut, over all streams and views, that are not there under a recipe."""
         if recipe is None:
             return sum(len(samples.rows) * len(views.views) for samples, views in self.inputs.values())
-        return sum(want.shelf.missing_records() for wanted in self._wanted([cut], recipe).values() for want in wanted)
+        return sum(shelf.missing_records() for shelf in self._shelves([cut], recipe))
+
+    def room_bytes(self, cuts: Collection[int], recipe: Recipe) -> int:
+        """Bytes that could be added to some cuts if all else was evicted that nobody uses."""
+        shelves = self._shelves(cuts, recipe)
+        keys = {shelf.key for shelf in shelves}
+        others = [shelf.shared for shelf in self.store.shelves() if shelf.key not in keys]
+        return self.store.free_bytes(shelves) + sum(o.stored_bytes() for o in others if not o.is_in_use())
 
     def make_room(self, cuts: Collection[int], recipe: Recipe) -> bool:
         """Evict what was used longest ago until the rest of some cuts fits; False if it never does."""
-        return self.store.make_room(sum(self.missing(cut, recipe) * self.record_bytes(cut) for cut in cuts))
+        needed = sum(self.missing(cut, recipe) * self.record_bytes(cut) for cut in cuts)
+        return not needed or self.store.make_room(needed, self._shelves(cuts, recipe))
 
     def fill(self, cuts: Collection[int], recipe: Recipe, *, share: tuple[int, int], progress: bool) -> None:
         """Compute what is missing of some cuts, in one pass over each stream; see `build`."""
@@ -107,12 +116,11 @@ class Library:
         `share`: this process, and how many there are that each look at their part.
         """
         wrong = 0
-        for wanted in self._wanted([cut], recipe).values():
-            for shelf in (want.shelf for want in wanted):
-                for part in range(share[0], shelf.parts, share[1]):
-                    if found := shelf.verify(part):
-                        shelf.discard(part)
-                        wrong += len(found)
+        for shelf in self._shelves([cut], recipe):
+            for part in range(share[0], shelf.parts, share[1]):
+                if found := shelf.verify(part):
+                    shelf.discard(part)
+                    wrong += len(found)
         return wrong
 
     def check(self, cut: int, recipe: Recipe) -> None:
@@ -141,9 +149,15 @@ class Library:
             for name, (samples, views) in self.inputs.items()
         }
 
+    def _shelves(self, cuts: Collection[int], recipe: Recipe) -> list[Shelf]:
+        """Of some cuts, whether anything is on them or not."""
+        return [want.shelf for wanted in self._wanted(cuts, recipe).values() for want in wanted]
+
     def _shelf(self, samples: Samples, view: View, cut: int, recipe: Recipe) -> Shelf:
         about = description(self._content(samples, view, cut), recipe)
-        return self.store.shelf(about, records=len(samples.rows), shape=self.shapes[cut], dtype=self.dtype)
+        contents = Contents(about, len(samples.rows), self.shapes[cut], self.dtype)
+        read_contents(self.store.folder / contents.key)  # refuses one that was changed
+        return Shelf(self.store.folder, contents, self.settings.group_writable)
 
     def _content(self, samples: Samples, view: View, cut: int) -> dict[str, Any]:
         return content(self.backbone, cut, self._hashes, samples, self.preprocessing, view)
@@ -155,13 +169,17 @@ class Library:
         ]
         return [
             shelf
-            for shelf in self._shelves()
+            for shelf in self._readable()
             if shelf.description["content"] in contents
             and (self.settings.prefix != "plain" or shelf.description["recipe"] == self._plain.to_plain())
         ]
 
-    def _shelves(self) -> Sequence[Shelf]:
-        """Those of the type asked for, computed with the packages that are here."""
+    def _readable(self) -> Iterator[Shelf]:
+        """Those of the type asked for, computed on a machine of this kind with the packages that are here."""
         here = versions()
-        return [s for s in self.store.shelves() if s.dtype == self.dtype and s.description["versions"] == here]
-
+        for shelf in self.store.shelves():
+            found = shelf.description
+            if (shelf.dtype, found["versions"]) == (self.dtype, here) and found["recipe"][
+                "device"
+            ] == self._plain.device:
+                yield shelf

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -83,15 +84,8 @@ class Prefix:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[int, Tensor]:
         """Normalised images [B, 3, S, S], float32 -> the activations at each cut, by how many stages stand before."""
-        modes = [(m, m.training) for net in {self._plain, self._bf16} for m in net.modules()]
-        for module, _ in modes:
-            module.training = False
-        try:
-            with torch.autocast(images.device.type, enabled=False):
-                outputs = self._function(images.contiguous(memory_format=torch.channels_last))
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(self._plain, self._bf16), torch.autocast(images.device.type, enabled=False):
+            outputs = self._function(images.contiguous(memory_format=torch.channels_last))
         return dict(zip(self.cuts, outputs, strict=True))
 
     def _run(self, x: Tensor) -> list[Tensor]:
@@ -103,6 +97,19 @@ class Prefix:
             outputs.append(x)
             done = cut
         return outputs
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """All modules are in eval mode in this block, and in their own again after it."""
+    modes = {module: module.training for network in networks for module in network.modules()}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def fast_recipe(backbone: Backbone, cuts: Sequence[int], images: Tensor, *, compiled: bool) -> Recipe:

@@ -58,10 +58,11 @@ class SharedFolder:
 
     def make(self) -> None:
         """Make the folder and say in it what it is for, unless that is done."""
-        if not (self.path / ABOUT).exists():
-            make_folder(self.path, self.group_writable)
-            write_json(self.path / ABOUT, self.about)
-            grant(self.path / ABOUT, self.group_writable)
+        while not (self.path / ABOUT).exists():
+            with suppress(FileNotFoundError):  # evicted just now, or tidied by one who was faster
+                make_folder(self.path, self.group_writable)
+                write_json(self.path / ABOUT, self.about)
+                grant(self.path / ABOUT, self.group_writable)
 
     def names(self) -> list[str]:
         """Of all files; none if the folder is not there."""
@@ -176,8 +177,7 @@ class SharedFolder:
             os.utime(self.path / ABOUT)
         for name in self.names():
             stem = name.removeprefix(".").partition(".")[0]
-            is_left = name.startswith(("user-", ".part-")) and self._standing(stem) == "dead"
-            if is_left:
+            if name.startswith(("user-", ".part-", ".shelf.")) and self._standing(stem) == "dead":
                 (self.path / name).unlink(missing_ok=True)
 
     def _remove_unfinished(self, prefix: str) -> None:

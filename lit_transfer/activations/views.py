@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_transfer.config import Augment
 from lit_transfer.data.decode import Preprocessing
-from lit_transfer.data.module import DRAWS
+from lit_transfer.data.loading import DRAWS
 from lit_transfer.data.plan import Rows, uniforms
 from lit_transfer.model.augment import affine, colourful, eval_input, moves, train_input
 

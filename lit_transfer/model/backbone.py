@@ -229,9 +229,8 @@ def _pooling(table: Table, output: Tensor, model: Model) -> tuple[Function, ...]
             "or name an earlier model.last_stage.",
         )
         return ()
-    if model.pool == "flatten":
-        return (flatten,)
-    return (table.pool if model.pool == "auto" else table.average,)
+    ways = {"auto": table.pool, "avg": table.average, "max": table.maximum, "flatten": flatten}
+    return (ways[model.pool],)
 
 
 def _remove(net: nn.Module, stages: tuple[Stage, ...]) -> None:

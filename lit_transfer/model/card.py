@@ -24,8 +24,8 @@ def model_card(plain: Mapping[str, Any], folder: Path) -> str:
     what = _WHAT[plain["task"]].format(n=len(plain["classes"]))
     parts = [
         f"# {run}",
-        f"An image model that {what}: {plain['model']['backbone']} with a new head, trained on the dataset "
-        f"below. Its input is {size} x {size} pixels; the preprocessing is part of the model.",
+        f"An image model that {what}: {_network(plain['model'])} the dataset below. Its input is {size} x {size} "
+        "pixels; the preprocessing is part of the model.",
         "## Use",
         f'```python\nimport lit_transfer\n\nmodel = lit_transfer.load("{run}/model")\n'
         'print(model.predict(["picture.jpg"])[0])\n```',
@@ -40,6 +40,13 @@ def model_card(plain: Mapping[str, Any], folder: Path) -> str:
         _limits(plain["task"], plain["temperature"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _network(model: Mapping[str, Any]) -> str:
+    if "blocks" not in model:
+        return f"{model['backbone']} with a new head, trained on"
+    backbones = " and ".join(block["model"]["backbone"] for block in model["blocks"])
+    return f"{backbones}, unchanged, and a head ({model['head'].replace('_', ' ')}) that was fitted to their output on"
 
 
 def _names(plain: Mapping[str, Any]) -> str:

@@ -151,7 +151,7 @@ def _tv_convnext(net: nn.Module) -> Table:
 
 def _tv_swin(net: nn.Module) -> Table:
     stages = (*_stem_and_stages(net), Stage("top", ("norm",)))
-    return Table(stages, ("permute", "avgpool", "flatten"), _average_nhwc, _average_nhwc)
+    return Table(stages, ("permute", "avgpool", "flatten"), _average_nhwc, _maximum_nhwc, _average_nhwc)
 
 
 def _average_nhwc(net: nn.Module, x: Tensor) -> Tensor:
@@ -159,11 +159,18 @@ def _average_nhwc(net: nn.Module, x: Tensor) -> Tensor:
     return x.mean((1, 2))
 
 
+def _maximum_nhwc(net: nn.Module, x: Tensor) -> Tensor:
+    """The largest value over positions of `[B, H, W, C]`."""
+    return x.amax((1, 2))
+
+
 def _tv_vit(net: nn.Module) -> Table:
     stem = Stage("stem", (_embed, "encoder.dropout"), ("conv_proj", "class_token", "encoder.pos_embedding"))
     paths = _children(net, "encoder.layers")
     blocks = [Stage(path.rpartition(".")[2], (path,)) for path in paths]
-    return Table((stem, *blocks, Stage("top", ("encoder.ln",))), (class_token,), _average_patches, class_token)
+    return Table(
+        (stem, *blocks, Stage("top", ("encoder.ln",))), (class_token,), _average_patches, _maximum_patches, class_token
+    )
 
 
 def _embed(net: Any, x: Tensor) -> Tensor:
@@ -175,6 +182,11 @@ def _embed(net: Any, x: Tensor) -> Tensor:
 def _average_patches(net: nn.Module, x: Tensor) -> Tensor:
     """The mean over tokens `[B, N, C]` without the class token."""
     return x[:, 1:].mean(1)
+
+
+def _maximum_patches(net: nn.Module, x: Tensor) -> Tensor:
+    """The largest value over tokens `[B, N, C]` without the class token."""
+    return x[:, 1:].amax(1)
 
 
 # timm
@@ -204,7 +216,7 @@ def _convnext(net: nn.Module) -> Table:
 
 def _swin(net: nn.Module) -> Table:
     stages = (Stage("stem", ("patch_embed",)), *_each(_children(net, "layers")), Stage("top", ("norm",)))
-    return Table(stages, ("head.global_pool",), _average_nhwc, _average_nhwc)
+    return Table(stages, ("head.global_pool",), _average_nhwc, _maximum_nhwc, _average_nhwc)
 
 
 def _vit(net: nn.Module) -> Table:

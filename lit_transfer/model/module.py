@@ -80,7 +80,7 @@ def seed_step(seed: int, step: int, part: int, rank: int) -> None:
 
 
 class TransferModule(pl.LightningModule):
-    """Trains a network on batches of `data/module.py: SampleDataset`.
+    """Trains a network on batches of `data/loading.py: SampleDataset`.
 
     Args:
         network: backbone and head, its cut already set.

@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from lit_transfer.blocks import Combination
 from lit_transfer.data.decode import Preprocessing, decode, to_canvas, to_rgb
 from lit_transfer.errors import UserError, require
 from lit_transfer.files import write_json, write_text
@@ -30,6 +31,7 @@ from lit_transfer.model.augment import eval_input
 from lit_transfer.model.backbone import build_backbone
 from lit_transfer.model.card import model_card
 from lit_transfer.model.heads import build_head
+from lit_transfer.model.joined import build_combination
 from lit_transfer.model.network import Network
 from lit_transfer.objectives.calibration import rescale
 from lit_transfer.objectives.decisions import decide, probabilities
@@ -40,7 +42,8 @@ from lit_transfer.recipe import Model
 FORMAT = 1
 DESCRIPTION, WEIGHTS, CARD = "model.json", "weights.safetensors", "README.md"
 ARCHITECTURE = "config.json"
-"""A copy of the file that describes a network from a hub or a folder, under the name timm looks for."""
+"""A copy of the file that describes a network from a hub or a folder, under the name timm looks for; of several blocks
+each has its own in a folder `block0` and so on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class Description:
         temperature: that the probabilities are scaled by (see `objectives/calibration.py`), or None.
         threshold: of the decision (see `objectives/decisions.py`), or None.
         preprocessing: from picture to network input.
-        model: backbone and head.
+        model: backbone and head, or blocks and the kind of head that was fitted to them.
         provenance: where it came from: run, commit, versions, dataset, weights, config and figures.
     """
 
@@ -66,7 +69,7 @@ class Description:
     temperature: float | None = None
     threshold: list[float] | None
     preprocessing: Preprocessing
-    model: Model
+    model: Model | Combination
     provenance: dict[str, Any]
 
     def to_plain(self) -> dict[str, Any]:
@@ -99,9 +102,13 @@ class Description:
             temperature=temperature,
             threshold=plain["threshold"],
             preprocessing=Preprocessing.from_plain(plain["preprocessing"]),
-            model=parse(Model, plain["model"]),
+            model=_parse_model(plain["model"]),
             provenance=plain["provenance"],
         )
+
+
+def _parse_model(plain: Mapping[str, Any]) -> Model | Combination:
+    return parse(Combination, plain) if "blocks" in plain else parse(Model, plain)
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,8 @@ def save_portable(folder: Path, network: Network, info: Description) -> None:
         plain = info.to_plain()
         write_json(temporary / DESCRIPTION, plain)
         write_text(temporary / CARD, model_card(plain, folder))
-        _copy_architecture(info.model.backbone, temporary)
+        for model, place in _models(info.model, temporary):
+            _copy_architecture(model.backbone, place)
         _put(temporary, folder, old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -210,21 +218,41 @@ def load(path: str | Path) -> TransferModel:
     if not (folder / DESCRIPTION).is_file():
         folder = folder / "model"
     info = _read_description(folder, path)
-    model = replace(info.model, weights="none", transfer_to=None)
-    if (folder / ARCHITECTURE).is_file():
-        model = replace(model, backbone=f"local-dir:{folder}")
-    backbone = build_backbone(model, image_size=info.preprocessing.size, load_weights=False)
-    head = build_head(model.head, backbone.features, outputs(info.task, len(info.classes)), seed=0)
-    network = Network(backbone, head)
     try:
-        network.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        tensors = load_file(folder / WEIGHTS)
+        network = _network(info, folder, tensors)
+        network.load_state_dict(tensors)
+    except (OSError, RuntimeError, TypeError, KeyError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{folder / WEIGHTS} does not fit {folder / DESCRIPTION} ({reason}); copy the model folder "
             "again, or use the versions that its provenance names."
         ) from error
     return TransferModel(network, info)
+
+
+def _network(info: Description, folder: Path, tensors: Mapping[str, Tensor]) -> Network:
+    """The network that has these tensors, with random values in their place."""
+    bare = [_bare(model, place) for model, place in _models(info.model, folder)]
+    if isinstance(info.model, Combination):
+        blocks = [replace(block, model=model) for block, model in zip(info.model.blocks, bare, strict=True)]
+        return build_combination(replace(info.model, blocks=blocks), info.task, info.preprocessing, tensors)
+    backbone = build_backbone(bare[0], image_size=info.preprocessing.size, load_weights=False)
+    head = build_head(info.model.head, backbone.features, outputs(info.task, len(info.classes)), seed=0)
+    return Network(backbone, head)
+
+
+def _models(model: Model | Combination, folder: Path) -> list[tuple[Model, Path]]:
+    """Each backbone of a portable model, and where the file that describes it is, if there is one."""
+    if isinstance(model, Model):
+        return [(model, folder)]
+    return [(block.model, folder / f"block{i}") for i, block in enumerate(model.blocks)]
+
+
+def _bare(model: Model, place: Path) -> Model:
+    """A backbone as it is built without its own weights, which are in the folder."""
+    name = f"local-dir:{place}" if (place / ARCHITECTURE).is_file() else model.backbone
+    return replace(model, backbone=name, weights="none", transfer_to=None)
 
 
 def _read_description(folder: Path, path: str | Path) -> Description:
@@ -253,6 +281,8 @@ def _read_description(folder: Path, path: str | Path) -> Description:
 def _copy_architecture(backbone: str, folder: Path) -> None:
     """Bring along what describes a network from a hub or a folder, which the reader may not have."""
     kind, _, place = backbone.partition(":")
+    if kind in ("local-dir", "hf-hub"):
+        folder.mkdir(exist_ok=True)
     if kind == "local-dir":
         shutil.copyfile(Path(place) / ARCHITECTURE, folder / ARCHITECTURE)
     elif kind == "hf-hub":

@@ -25,6 +25,11 @@ def average(net: nn.Module, x: Tensor) -> Tensor:
     return x.mean((2, 3)) if x.ndim == 4 else x[:, getattr(net, "num_prefix_tokens", 0) :].mean(1)
 
 
+def maximum(net: nn.Module, x: Tensor) -> Tensor:
+    """As `average`, the largest value in the place of the mean."""
+    return x.amax((2, 3)) if x.ndim == 4 else x[:, getattr(net, "num_prefix_tokens", 0) :].amax(1)
+
+
 def class_token(net: nn.Module, x: Tensor) -> Tensor:
     """The first token: `[B, N, C]` to `[B, C]`."""
     return x[:, 0]
@@ -60,12 +65,14 @@ class Table:
         stages: in the order of the forward pass.
         end: from the last stage's output to what the network gives its last layer.
         average: the mean over positions of any stage's output.
+        maximum: likewise, the largest value.
         pool: the network's own way from any stage's output to a vector.
     """
 
     stages: tuple[Stage, ...]
     end: tuple[Step, ...] = ()
     average: Function = average
+    maximum: Function = maximum
     pool: Function = average
 
     @property

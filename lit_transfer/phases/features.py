@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_transfer.activations.data import StoredStream
 from lit_transfer.config import Order
-from lit_transfer.data.module import SUBSTITUTES
+from lit_transfer.data.loading import SUBSTITUTES
 from lit_transfer.data.plan import PADDING, Batch, Rows, steps_per_epoch
 from lit_transfer.data.samplers import TrainSampler
 from lit_transfer.data.streams import Samples
 from lit_transfer.errors import UserError
+
+MEMORY_SHARE = 0.25
+"""Of the memory that is free, for features."""
 
 STRETCH_BYTES = 2**28
 """Of features that are gathered at once: an epoch's, or a part of it."""
@@ -59,29 +66,62 @@ class Features:
         return gathered
 
 
+def in_memory(streams: Mapping[str, StoredStream], device: torch.device) -> dict[str, Features] | None:
+    """Stored features of each stream, checked, on the device; None where that takes over `MEMORY_SHARE` of its memory."""
+    needed = sum(shelf.full_bytes for stream in streams.values() for shelf in stream.shelves)
+    if needed > MEMORY_SHARE * _free_bytes(device):
+        return None
+    return {
+        name: Features(
+            samples=stream.samples,
+            views=tuple(shelf.load().to(device) for shelf in stream.shelves),
+            damaged=frozenset(filter(stream.shelves[0].damaged, range(len(stream.samples.rows)))),
+            view_of=stream.views.which,
+        )
+        for name, stream in streams.items()
+    }
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found, "the kernel tells it"
+    return int(found[1]) * 1024
+
+
+class Part(NamedTuple):
+    """What a part of a step reads.
+
+    Args:
+        features: [B, F].
+        targets: [B] or [B, K].
+        weights: in the loss [B].
+        share: gradient of the step's loss by the weighted loss of each row [B]: 1 over the planned entries, or zero
+            where padded.
+        gradient: of the step's loss by the loss of each row [B]: `share` times `weights`.
+    """
+
+    features: Tensor
+    targets: Tensor
+    weights: Tensor
+    share: Tensor
+    gradient: Tensor
+
+
 @dataclass(frozen=True)
 class Stretch:
-    """Steps of one epoch, gathered; the rows [R] of all their parts stand one after the other.
+    """Steps of one epoch, gathered.
 
     Args:
         epoch: of the run.
-        parts: first row and end of each part, step by step.
-        features: [R, F].
-        targets: [R] or [R, K].
-        weights: in the loss [R].
-        gradient: of the loss by the weighted loss of each row [R]; zero where padded.
-        share: of each row's weighted loss in the loss of the step, which is a mean over labelled entries [R].
+        parts: of all steps, one after the other.
         read_share: of each step, labelled entries that were read / planned; 1 where nothing is damaged.
         damaged: samples of each step that others stand in for.
     """
 
     epoch: int
-    parts: list[tuple[int, int]]
-    features: Tensor
-    targets: Tensor
-    weights: Tensor
-    gradient: Tensor
-    share: Tensor
+    parts: list[Part]
     read_share: list[float]
     damaged: list[int]
 
@@ -138,18 +178,15 @@ def _gather(features: Features, batches: Sequence[Batch], parts: int, seed: int,
         mine = slice(starts[step * parts], ends[(step + 1) * parts - 1])
         read[step] = samples.entries(used[mine][valid[mine]])
     of_rows = np.repeat(np.arange(len(batches)) // parts, sizes)
-    counted = torch.from_numpy(valid).float()
     # In fp32 and in this order, as Lightning divides by the parts, and the module by the entries.
-    gradient = torch.ones(len(entries)) / parts / torch.from_numpy(entries).float() * parts
-    share = 1 / torch.from_numpy(read).float()
+    share = (torch.ones(len(entries)) / parts / torch.from_numpy(entries).float() * parts)[of_rows]
+    share = (share * torch.from_numpy(valid)).to(device)
+    weights = torch.from_numpy(samples.loss_weights(used, balance)).to(device)
+    targets = torch.from_numpy(samples.targets[used]).to(device)
+    tensors = (features.gather(used, features.view_of(epoch, rows)), targets, weights, share, share * weights)
     return Stretch(
         epoch=epoch,
-        parts=list(zip(starts.tolist(), ends.tolist(), strict=True)),
-        features=features.gather(used, features.view_of(epoch, rows)),
-        targets=torch.from_numpy(samples.targets[used]).to(device),
-        weights=torch.from_numpy(samples.loss_weights(used, balance)).to(device),
-        gradient=(gradient[of_rows] * counted).to(device),
-        share=(share[of_rows] * counted).to(device),
+        parts=[Part(*each) for each in zip(*(torch.split(t, sizes.tolist()) for t in tensors), strict=True)],
         read_share=(read / entries).tolist(),
         damaged=replaced.tolist(),
     )

@@ -21,7 +21,8 @@ import pytorch_lightning as pl
 import torch
 from timm.layers import convert_sync_batchnorm
 
-from lit_transfer.activations.data import StoredData, StoredStream
+from lit_transfer.activations.data import StoredStream
+from lit_transfer.activations.module import StoredData
 from lit_transfer.data.module import ImageData
 from lit_transfer.data.quarantine import FILE_NAME as QUARANTINE
 from lit_transfer.data.quarantine import Quarantine
@@ -30,11 +31,13 @@ from lit_transfer.model.ema import Ema
 from lit_transfer.model.memory import peak_memory_mib, reset_peak_memory
 from lit_transfer.model.module import Stopped, TransferModule
 from lit_transfer.phases.checkpoint import PhaseFiles, PhaseResult
+from lit_transfer.phases.features import in_memory
+from lit_transfer.phases.heads import require_features, train_heads, why_not_looped
 from lit_transfer.phases.job import Job, Setup
 from lit_transfer.phases.optim import build_optimizer
 from lit_transfer.phases.resume import finished, load_weights, read_checkpoint
 from lit_transfer.phases.steps import Steps, StopSignal
-from lit_transfer.phases.stored import open_stored
+from lit_transfer.phases.stored import Stored, open_stored
 from lit_transfer.phases.table import PhasePlan, fingerprint_hash
 from lit_transfer.phases.trainer import PhaseBar, check_machine, make_trainer, ranks_of
 from lit_transfer.tracking import MetricsFile, Recorder
@@ -112,13 +115,33 @@ def _run_phase(
     if not steps.reason:
         with open_stored(job, plans, before, steps.step, files, trainer) as stored:
             module = build_module(job, plan, optimizer, first_step + steps.step, steps.requests, quarantine, stored.cut)
-            data = build_data(job, plan, range(steps.step, plan.max_steps), before, stored.streams)
-            try:
-                trainer.fit(module, datamodule=data)
-            finally:
-                trainer.fit_loop.teardown()  # where validation raised, Lightning leaves the workers of training alive
+            if not _train_on_features(job, plan, trainer, module, steps, stored):
+                data = build_data(job, plan, range(steps.step, plan.max_steps), before, stored.streams)
+                try:
+                    trainer.fit(module, datamodule=data)
+                finally:
+                    trainer.fit_loop.teardown()  # where validation raised, Lightning leaves training's workers alive
     job.network.cpu()
     return _end_phase(trainer, job, plan, files, steps, before)
+
+
+def _train_on_features(
+    job: Job, plan: PhasePlan, trainer: pl.Trainer, module: TransferModule, steps: Steps, stored: Stored
+) -> bool:
+    """Train a phase's heads by the plain loop where their features fit into memory; returns whether it was done."""
+    reason = why_not_looped(plan.phase, job.network)
+    if reason is None and stored.cut < len(job.network.backbone.stages):
+        reason = "the phase does not read the output of the whole backbone from the store"
+    features = None
+    if reason is None and trainer.is_global_zero:
+        features = in_memory(stored.streams, trainer.strategy.root_device)
+    if reason is None and not trainer.strategy.broadcast(features is not None):
+        reason = "they do not fit into memory"
+    if reason is not None:
+        require_features(plan.phase, reason)
+        return False
+    train_heads(module, steps, features and features["train"], features and features.get("val"))
+    return True
 
 
 def set_trained(setup: Setup, plan: PhasePlan) -> None:

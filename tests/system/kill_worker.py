@@ -21,6 +21,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from lit_transfer.activations import shelf
 from lit_transfer.launch import train
 from lit_transfer.phases import checkpoint
 from lit_transfer.phases.checkpoint import PhaseFiles
@@ -108,8 +109,26 @@ def die_between(phase: str, count: int) -> None:
     PhaseFiles.finish = finish  # type: ignore[method-assign]
 
 
-IN_FILES = {"last": die_in_last, "best": die_in_best, "final": die_in_final, "between": die_between}
-"""The moments that lie in the files of a phase; those of `Killer` lie in its batches."""
+def die_in_part(phase: str, count: int) -> None:
+    """In the middle of the COUNT-th part of the activation store."""
+    real, left = shelf.write_part, count
+
+    def write(path: Path, *arguments: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            real(path, *arguments)
+            half_written(path, path.read_bytes())
+        real(path, *arguments)
+
+    shelf.write_part = write  # type: ignore[attr-defined]
+
+
+IN_FILES = {
+    **{"last": die_in_last, "best": die_in_best, "final": die_in_final, "between": die_between},
+    "part": die_in_part,
+}
+"""The moments that lie in files; those of `Killer` lie in the batches of a phase."""
 
 
 def command(config: str, moment: list[Any] | None) -> int:

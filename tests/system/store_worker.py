@@ -23,9 +23,9 @@ def open_store(folder: Path, timeout_s: float) -> ActivationStore:
     return ActivationStore(folder, limit_bytes=10**9, timeout_s=timeout_s)
 
 
-def open_shelf(store: ActivationStore, name: str = "one") -> Shelf:
+def open_shelf(store: ActivationStore, name: str = "one", records: int = RECORDS) -> Shelf:
     """Made if it is not there."""
-    return store.shelf({"name": name}, records=RECORDS, shape=(WIDTH,), dtype=torch.float32)
+    return store.shelf({"name": name}, records=records, shape=(WIDTH,), dtype=torch.float32)
 
 
 def right() -> Tensor:
@@ -35,7 +35,7 @@ def right() -> Tensor:
 
 def fill(shelf: Shelf, compute_s: float, seed: int, first: int | None = None) -> None:
     """Build until all is there, parts in an order of one's own."""
-    numbers, expected = random.Random(seed), right()
+    numbers, expected = random.Random(seed), right()[: shelf.records]
     while missing := shelf.missing():
         for part in sorted(missing, key=lambda part: (part != first, numbers.random())):
             claim = shelf.claim(part)
@@ -65,12 +65,14 @@ def use(folder: Path, seconds: float, seed: int) -> None:
     store, numbers, expected = open_store(folder, 60), random.Random(seed), right()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        shelf = open_shelf(store, numbers.choice("ab"))
+        shelf = open_shelf(store, numbers.choice("abcd"), records=300)
         with shelf.in_use():
+            folder_before = shelf.folder.stat()
             fill(shelf, 0, seed)
             for _ in range(numbers.randrange(4)):
                 assert shelf.missing() == []
-                assert torch.equal(shelf.load(), expected)
+                assert torch.equal(shelf.load(), expected[:300])
+            assert os.path.samestat(folder_before, shelf.folder.stat())
         time.sleep(numbers.uniform(0, 0.02))
 
 

@@ -11,7 +11,7 @@ from digits import digits
 from safetensors.torch import load_file
 from torch import nn
 
-from lit_transfer.data.module import SampleDataset
+from lit_transfer.data.loading import SampleDataset
 from lit_transfer.data.plan import Batch, shuffled, step_rows
 from lit_transfer.launch.train import prepare_job
 from lit_transfer.phases.job import Job

@@ -55,6 +55,7 @@ def workplace(tmp_path: Path) -> Path:
 
 def test_every_command_runs_and_then_the_python(workplace: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")}
+    environment["XDG_CACHE_HOME"] = str(workplace / "cache")
 
     def run(*command: str) -> str:
         done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=400)

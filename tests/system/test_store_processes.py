@@ -101,6 +101,7 @@ def test_a_stopped_builder_that_wakes_up_late_does_no_harm(
     late = builder(started, tmp_path, compute_s=compute_s, write_s=write_s, first=2)
     shelf = open_shelf(open_store(tmp_path, TIMEOUT_S))
     until(lambda: [*shelf.folder.glob(sign)])
+    time.sleep(0.5)  # it is in the middle of it
     assert late.pid is not None
     os.kill(late.pid, signal.SIGSTOP)
     assert standing(shelf.folder / "part-00002.lease", TIMEOUT_S) == "live"
@@ -121,6 +122,6 @@ def test_what_is_used_is_never_evicted(tmp_path: Path) -> None:
         evictors = [pool.submit(evict, tmp_path, 4) for _ in range(2)]
         for user in users:
             user.result()
-        assert sum(evictor.result() for evictor in evictors) > 3
-    assert len(open_store(tmp_path, 60).prune(unused_s=0)) <= 2
+        assert sum(evictor.result() for evictor in evictors) > 20
+    assert len(open_store(tmp_path, 60).prune(unused_s=0)) <= 4
     assert [*tmp_path.iterdir()] == []

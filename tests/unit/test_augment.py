@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_transfer.config import Augment, Image
 from lit_transfer.data.decode import Preprocessing
-from lit_transfer.data.module import DRAWS
+from lit_transfer.data.loading import DRAWS
 from lit_transfer.data.plan import uniforms
 from lit_transfer.model.augment import affine, colours, eval_input, mix, scaled, settle_image, train_input
 

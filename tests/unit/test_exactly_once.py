@@ -18,9 +18,9 @@ from packing import damage, payload
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_transfer.config import Order, Stream
-from lit_transfer.data import module, plan
+from lit_transfer.data import loading, plan
 from lit_transfer.data.decode import Preprocessing, decode
-from lit_transfer.data.module import DRAWS, SampleDataset
+from lit_transfer.data.loading import DRAWS, SampleDataset
 from lit_transfer.data.order import class_weights
 from lit_transfer.data.packing.index import Index, index
 from lit_transfer.data.samplers import EvalSampler, TrainSampler
@@ -169,13 +169,13 @@ def test_loaders_decode_each_sample_once(
     streams: dict[str, Samples], method: str, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if method != "forkserver":
-        monkeypatch.setattr(module, "_forkserver", lambda: multiprocessing.get_context(method))
+        monkeypatch.setattr(loading, "_forkserver", lambda: multiprocessing.get_context(method))
     kinds = [*itertools.product(streams, [True, False])]
     datasets = {(name, trains): SampleDataset(streams[name], SMALL, SEED if trains else None) for name, trains in kinds}
     places = [(kind, ranks, rank) for kind in kinds for ranks in (1, 2, 3, 4) for rank in range(ranks)]
     read = {place: [*samplers_of(streams[place[0][0]], place[0][1], place[1])[place[2]]] for place in places}
     asked = [(place[0], batch) for place in places for batch in read[place]]
-    loaded: DataLoader[Item] = module.loader(Asked(datasets), asked, workers)  # type: ignore[arg-type]
+    loaded: DataLoader[Item] = loading.loader(Asked(datasets), asked, workers)  # type: ignore[arg-type]
     started = loaded.multiprocessing_context.get_start_method() if loaded.multiprocessing_context else "none"
     assert started == (method if workers else "none")
     items = iter(loaded)

@@ -5,153 +5,33 @@ The backbone gives the pixels as they are, and the loop stands in for `Trainer.f
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
-from digits import digits, fine_tuning, metric_rows, prepared
+from digits import digits, prepared
+from loops import SIZE, assert_same_runs, config_of, features_of, looped, stopped, train
 from numpy.typing import NDArray
 from packing import damage
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from lit_transfer.config import Config
+from lit_transfer.config import Order
+from lit_transfer.data.loading import SUBSTITUTES
 from lit_transfer.data.manifest import Manifest
-from lit_transfer.data.module import SampleDataset
-from lit_transfer.data.plan import Batch, Rows
+from lit_transfer.data.plan import PADDING, Rows
+from lit_transfer.data.samplers import TrainSampler
 from lit_transfer.errors import UserError
-from lit_transfer.model.augment import eval_input
-from lit_transfer.model.module import LossNotFinite, Stopped, TransferModule
+from lit_transfer.model.module import LossNotFinite
 from lit_transfer.phases import features as features_module
-from lit_transfer.phases.checkpoint import PhaseFiles, PhaseResult
-from lit_transfer.phases.features import Features
-from lit_transfer.phases.heads import require_features, train_heads, why_not_looped
+from lit_transfer.phases.checkpoint import PhaseFiles
+from lit_transfer.phases.features import Features, stretches
+from lit_transfer.phases.heads import require_features, why_not_looped
 from lit_transfer.phases.job import Job
 from lit_transfer.phases.run import run_phases
-from lit_transfer.phases.steps import Steps
-
-SIZE = 16
-TIMES = {"images_per_s", "data_wait_share"}
-
-
-class Pixels(nn.Module):
-    """A network whose features are the pixels, so that no batch shape can change them."""
-
-    classifier = "fc"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flatten = nn.Flatten()
-        self.fc = nn.Linear(3 * SIZE**2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.flatten(x))  # type: ignore[no-any-return]
-
-
-def first_view(epoch: int, rows: Rows) -> NDArray[np.int64]:
-    return np.zeros(len(rows), np.int64)
-
-
-def features_of(job: Job, stream: str) -> Features | None:
-    """A stream's features in memory, as a store would give them."""
-    if stream not in job.streams:
-        return None
-    samples = job.streams[stream]
-    item = SampleDataset(samples, job.preprocessing, None)[Batch(0, samples.rows)]
-    with torch.no_grad():
-        values = job.network.backbone(eval_input(item["image"], job.preprocessing))
-    damaged = frozenset(torch.nonzero(~item["valid"]).flatten().tolist())
-    values[list(damaged)] = 0
-    return Features(samples, (values,), damaged, first_view)
-
-
-@contextmanager
-def looped(job: Job) -> Iterator[None]:
-    """The plain loop in the place of each fit of a job."""
-    train, val = features_of(job, "train"), features_of(job, "val")
-
-    def fit(trainer: pl.Trainer, module: TransferModule, datamodule: object) -> None:
-        (steps,) = [callback for callback in trainer.callbacks if isinstance(callback, Steps)]
-        train_heads(module, steps, train, val)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pl.Trainer, "fit", fit)
-        yield
-
-
-@dataclass
-class Left:
-    """What a run left: results, curves, and the tensors and other values of its last checkpoint."""
-
-    results: list[PhaseResult]
-    rows: list[dict[str, str]]
-    final: dict[str, Tensor]
-    last: dict[str, Any]
-
-
-def config_of(manifest: Manifest, folder: Path, row: dict[str, Any], **sections: Any) -> Config:
-    streams = {name: {"manifest": str(manifest.path), "split": name} for name in ("train", "val")}
-    head = sections.pop("head", {})
-    fixed = {
-        "image": {"size": SIZE, "crop": 1.0},
-        "model": {"backbone": f"{__name__}:Pixels", "weights": "none", "head": head},
-        "activations": {"store": "off"},
-        "data": streams | {"workers": 0} | sections.pop("data", {}),
-    }
-    usual = {"name": "head", "lr": 0.01, "global_batch": 7}
-    rows = [usual | ({} if "max_steps" in row else {"max_epochs": 3}) | row]
-    return fine_tuning(manifest, folder, rows, **fixed, **sections)
-
-
-def train(config: Config, *, loop: bool) -> Left:
-    job, plans = prepared(config)
-    if loop:
-        with looped(job):
-            results = run_phases(job, plans)
-    else:
-        results = run_phases(job, plans)
-    files = PhaseFiles(config.run_dir / "checkpoints" / "head")
-    last = files.read_last()
-    assert last is not None
-    return Left(results, metric_rows(config), load_file(files.folder / "final.safetensors"), last)
-
-
-def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
-    """Equal to the bit, but for times."""
-    if isinstance(theirs, Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key, value in theirs.items():
-            assert_same(ours[key], value, f"{where}.{key}")
-    elif isinstance(theirs, list | tuple):
-        assert len(ours) == len(theirs), where
-        for place, value in enumerate(theirs):
-            assert_same(ours[place], value, f"{where}[{place}]")
-    else:
-        assert ours == theirs, where
-
-
-def assert_same_runs(ours: Left, theirs: Left) -> None:
-    assert_same(ours.final, theirs.final)
-    timed = ("recorder", "identity", "quarantine")
-    assert_same(*({key: value for key, value in left.last.items() if key not in timed} for left in (ours, theirs)))
-    assert [(r.epochs, r.steps, r.reason) for r in ours.results] == [
-        (r.epochs, r.steps, r.reason) for r in theirs.results
-    ]
-    assert len(ours.rows) == len(theirs.rows)
-    for mine, other in zip(ours.rows, theirs.rows, strict=True):
-        assert mine.keys() == other.keys()
-        for name in mine.keys() - TIMES:
-            if mine[name] != other[name]:  # the sum of a loss may round otherwise
-                assert float(mine[name]) == pytest.approx(float(other[name]), rel=1e-5), name
+from lit_transfer.schedule import Heads
 
 
 @dataclass(frozen=True)
@@ -221,12 +101,157 @@ def test_the_loop_gives_the_trainers_weights_curves_and_checkpoint(
     case = CASES[name]
     config = config_of(manifests[case.task, case.damaged], tmp_path, case.row, **case.sections)
     theirs = train(config, loop=False)
-    ours = train(config_of_like(config, "looped"), loop=True)
+    ours = train(replace(config, name="looped"), loop=True)
     assert_same_runs(ours, theirs)
     assert ours.last["quarantine"] == theirs.last["quarantine"] or not case.damaged
 
 
-def config_of_like(config: Config, name: str) -> Config:
-    from dataclasses import replace
+@pytest.mark.parametrize("loops", [(True, True), (True, False), (False, True)], ids=str)
+def test_a_stopped_phase_goes_on_to_the_same_bits_by_loop_or_trainer(
+    loops: tuple[bool, bool], manifests: dict[tuple[str, bool], Manifest], tmp_path: Path
+) -> None:
+    row = {"ema_decay": 0.7, "restore_best": True, "schedule": "warmup_cosine", "mixup": 0.5}
+    dropout = {"dropout": 0.3}
+    config = config_of(manifests["multiclass", True], tmp_path, row, head=dropout, data={"max_bad_fraction": 0.9})
+    straight = train(replace(config, name="straight"), loop=True)
+    stopped(config, 5, loop=loops[0])  # in the second epoch of 4 steps
+    assert_same_runs(train(config, loop=loops[1]), straight)
 
-    return replace(config, name=name)
+
+@pytest.mark.parametrize("stretch_bytes", [1, 2 * 7 * 3 * SIZE**2 * 4, 2**28])
+def test_an_epoch_may_be_gathered_in_parts(
+    stretch_bytes: int, manifests: dict[tuple[str, bool], Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one step, of two, and the whole; what is gathered is counted as waiting for data."""
+    config = config_of(manifests["multiclass", True], tmp_path, {}, data={"max_bad_fraction": 0.9})
+    whole = train(replace(config, name="whole"), loop=True)
+    gathered: list[int] = []
+    gather = Features.gather
+
+    def noted(self: Features, rows: Rows, which: NDArray[np.int64]) -> Tensor:
+        gathered.append(len(rows))
+        return gather(self, rows, which)
+
+    monkeypatch.setattr(Features, "gather", noted)
+    monkeypatch.setattr(features_module, "STRETCH_BYTES", stretch_bytes)
+    left = train(config, loop=True)
+    assert_same_runs(left, whole)
+    assert gathered == {1: [7, 7, 7, 3], 2**28: [24]}.get(stretch_bytes, [14, 10]) * 3
+    assert 0 < left.results[0].data_wait_share < 1
+
+
+@pytest.mark.parametrize(("every_steps", "expected"), [(None, [4, 6]), (5, [4, 5, 6])])
+def test_checkpoints_fall_on_epochs_and_on_steps(
+    every_steps: int | None,
+    expected: list[int],
+    manifests: dict[tuple[str, bool], Manifest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saved: list[int] = []
+    write = PhaseFiles.write_last
+
+    def noted(self: PhaseFiles, state: dict[str, Any], best_step: int | None) -> None:
+        saved.append(state["step"])
+        write(self, state, best_step)
+
+    monkeypatch.setattr(PhaseFiles, "write_last", noted)
+    checkpoint = {"every_minutes": None, "every_steps": every_steps}
+    train(config_of(manifests["multiclass", False], tmp_path, {"max_steps": 6}, checkpoint=checkpoint), loop=True)
+    assert saved == expected
+
+
+def test_minutes_end_a_phase_at_a_step_which_is_validated(
+    manifests: dict[tuple[str, bool], Manifest], tmp_path: Path
+) -> None:
+    left = train(config_of(manifests["multiclass", False], tmp_path, {"max_minutes": 1e-6}), loop=True)
+    assert (left.results[0].steps, left.results[0].reason) == (1, "max_minutes 1e-06 reached")
+    assert [row["step"] for row in left.rows if row["val/loss"]] == ["1"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved_that_came_of_it(
+    manifests: dict[tuple[str, bool], Manifest], tmp_path: Path
+) -> None:
+    """It is looked at seldom: where the curves have a row, and here that is the end of an epoch of 4 steps."""
+    wild = {"optimizer": "sgd", "lr": 1e30, "max_epochs": 2}
+    config = config_of(manifests["regression", False], tmp_path, wild, checkpoint={"every_minutes": None})
+    job, plans = prepared(replace(config, trainer=replace(config.trainer, log_every_steps=5)))
+    said = r"^train/loss is (inf|nan) at step [12]; lower the phase's learning rates\.$"
+    with looped(job), pytest.raises(LossNotFinite, match=said):
+        run_phases(job, plans)
+    assert PhaseFiles(config.run_dir / "checkpoints" / "head").read_last() is None
+    assert not (config.run_dir / "metrics.csv").exists()
+
+
+def test_too_many_damaged_samples_end_the_run(manifests: dict[tuple[str, bool], Manifest], tmp_path: Path) -> None:
+    for fraction, said in ((0.1, "3 of the 24 samples of data.train"), (0.2, "")):
+        config = config_of(
+            manifests["multiclass", True], tmp_path, {}, name=f"bad{fraction}", data={"max_bad_fraction": fraction}
+        )
+        if said:
+            with pytest.raises(UserError, match=said):
+                train(config, loop=True)
+        else:
+            train(config, loop=True)
+
+
+def two_views(job: Job) -> Features:
+    plain = features_of(job, "train")
+    assert plain is not None
+    other = (plain.views[0] * 2).half()
+    return replace(plain, views=(plain.views[0], other), view_of=lambda epoch, rows: (rows + epoch) % 2)
+
+
+def test_each_row_takes_its_view_and_a_stand_in_that_of_the_row_it_stands_for(
+    manifests: dict[tuple[str, bool], Manifest], tmp_path: Path
+) -> None:
+    manifest = manifests["multiclass", True]
+    job, _ = prepared(config_of(manifest, tmp_path, {}))
+    features = two_views(job)
+    rows = features.samples.rows
+    (stretch, later) = stretches(features, Order(), seed=0, global_batch=7, steps=range(2, 8), parts=2, first_epoch=3)
+    assert (stretch.epoch, later.epoch, len(stretch.damaged), len(later.damaged)) == (3, 4, 2, 4)
+    sampler = TrainSampler(features.samples, seed=0, global_batch=7, steps=range(4, 8), parts=2, first_epoch=3)
+    planned = np.concatenate([batch.rows for batch in sampler])
+    bad = rows[list(features.damaged)]
+    stood_in = 0
+    got_features = torch.cat([part.features for part in later.parts])
+    got_targets = torch.cat([part.targets for part in later.parts])
+    for row, got, target in zip(planned, got_features, got_targets, strict=True):
+        if row == PADDING:
+            continue
+        used = row
+        for attempt in range(1, SUBSTITUTES):
+            if used not in bad:
+                break
+            used = features.samples.stand_in(int(row), "none", 0, 4, attempt)
+        stood_in += used != row
+        view = features.views[(row + 4) % 2]
+        assert torch.equal(got, view[int(np.searchsorted(rows, used))].float())
+        assert target == features.samples.targets[used]
+    assert stood_in == sum(later.damaged) == len(bad) == 3
+
+
+def test_where_all_that_could_stand_in_is_damaged_the_run_ends(
+    manifests: dict[tuple[str, bool], Manifest], tmp_path: Path
+) -> None:
+    job, _ = prepared(config_of(manifests["multiclass", False], tmp_path, {}))
+    features = two_views(job)
+    features = replace(features, damaged=frozenset(range(24)))
+    with pytest.raises(UserError, match="and 9 others that could stand in for it are damaged; run `lit-transfer pre"):
+        next(stretches(features, Order(), seed=0, global_batch=7, steps=range(8), parts=1, first_epoch=0))
+
+
+def test_what_no_loop_can_train_and_what_only_a_loop_can(
+    manifests: dict[tuple[str, bool], Manifest], tmp_path: Path
+) -> None:
+    job, (plan,) = prepared(config_of(manifests["multiclass", False], tmp_path, {}))
+    phase, network = plan.phase, job.network
+    assert why_not_looped(phase, network) is None
+    assert why_not_looped(replace(phase, cutmix=0.5), network) == "cutmix cuts pictures"
+    assert why_not_looped(replace(phase, compile=True), network) == "compile asks for a compiled head"
+    network.first_trained = 0
+    assert why_not_looped(phase, network) == "stages train, too"
+    require_features(phase, "no room")
+    with pytest.raises(UserError, match=r"^phase 'head': heads trains on stored .* \(no room\); set activations.store"):
+        require_features(replace(phase, heads=Heads(seeds=[0, 1])), "no room")

@@ -16,6 +16,7 @@ ROOMS = [
     "schedule",
     "recipe",
     "config",
+    "blocks",
     "reading",
     "files",
     "data",
@@ -23,10 +24,12 @@ ROOMS = [
     "model",
     "activations",
     "tracking",
+    "features",
     "phases",
     "search",
     "report",
     "evaluation",
+    "comparison",
     "launch",
 ]
 SOURCES = [*(ROOT / "lit_transfer").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]
@@ -77,6 +80,14 @@ def test_the_check_sees_an_import_backward() -> None:
 
 def test_the_package_itself_imports_nothing_heavy() -> None:
     code = "import sys, lit_transfer; print([m for m in ('torch', 'timm', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_workers_import_nothing_slow_that_they_do_without() -> None:
+    modules = ("lit_transfer.activations.data", "lit_transfer.data.loading")
+    slow = ("pytorch_lightning", "torchvision", "timm", "botocore", "google.auth")
+    code = f"import sys, {', '.join(modules)}; print([name for name in {slow} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from lit_transfer.config import Config
 from lit_transfer.data.decode import DecodeError
+from lit_transfer.data.loading import SampleDataset
 from lit_transfer.data.manifest import Manifest
-from lit_transfer.data.module import SampleDataset
 from lit_transfer.data.plan import Batch
 from lit_transfer.data.store import ShardReader
 from lit_transfer.errors import UserError

@@ -12,7 +12,7 @@ from packing import damage
 from lit_transfer.config import Data, Order, Stream
 from lit_transfer.data import plan
 from lit_transfer.data.decode import Preprocessing
-from lit_transfer.data.module import SampleDataset
+from lit_transfer.data.loading import SampleDataset
 from lit_transfer.data.quarantine import Quarantine
 from lit_transfer.data.samplers import TrainSampler
 from lit_transfer.data.streams import Samples, open_streams

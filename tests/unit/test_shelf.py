@@ -289,11 +289,13 @@ def test_what_dead_builders_left_is_removed(tmp_path: Path) -> None:
     assert mine is not None
     for name in (".part-00000.0123.safetensors", ".part-00001.0123.safetensors", ".part-00002.0123.safetensors"):
         (made.folder / name).touch()
+    (made.folder / ".shelf.0123.json").touch()
     claim = made.claim(0)
     assert claim is not None
     assert names(made) == [
         ".part-00001.0123.safetensors",
         ".part-00002.0123.safetensors",
+        ".shelf.0123.json",
         "part-00000.lease",
         "part-00002.lease",
     ]

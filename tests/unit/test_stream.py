@@ -12,8 +12,9 @@ from packing import folder, packed, payload, table
 from lit_transfer.config import Data, Stream
 from lit_transfer.data import plan
 from lit_transfer.data.decode import Preprocessing, decode
+from lit_transfer.data.loading import DRAWS, SampleDataset, loader
 from lit_transfer.data.manifest import Manifest
-from lit_transfer.data.module import DRAWS, ImageData, SampleDataset, loader
+from lit_transfer.data.module import ImageData
 from lit_transfer.data.samplers import EvalSampler, TrainSampler
 from lit_transfer.data.store import ShardReader
 from lit_transfer.data.streams import check_same_labels, open_stream, open_streams

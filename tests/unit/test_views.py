@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_transfer.activations.views import View, Views, d4_elements, plain_views, train_views
 from lit_transfer.config import Augment
 from lit_transfer.data.decode import Preprocessing
-from lit_transfer.data.module import DRAWS
+from lit_transfer.data.loading import DRAWS
 from lit_transfer.data.plan import Rows, uniforms
 from lit_transfer.model.augment import eval_input, train_input
 

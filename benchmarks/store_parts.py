@@ -1,0 +1,190 @@
+"""The frozen prefix against eager PyTorch, building against its parts, and a thawed step against the sum of its own."""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from store_job import job_of, library_of, ratio_of, run_phase, seconds_of, spread
+from torch import Tensor
+
+from lit_transfer.activations.library import Library
+from lit_transfer.activations.prefix import Prefix, Recipe, cosines
+from lit_transfer.data.loading import SampleDataset, loader
+from lit_transfer.data.samplers import EvalSampler
+from lit_transfer.phases.job import Job
+from lit_transfer.phases.optim import build_optimizer
+from lit_transfer.phases.run import set_trained
+from lit_transfer.phases.table import PhasePlan
+
+HEAD = {"name": "head", "lr": 5e-3, "max_epochs": 1}
+THAW = {"name": "thaw", "lr": 1e-3, "backbone_lr": 3e-4}
+
+
+def prefix_forward(folder: Path, repetitions: int, compiled: bool) -> tuple[dict[str, float], dict[str, Any]]:
+    """fp32 eager over ours, both in steady state on one batch of pictures; and channels-last eager and cosines."""
+    library = library_of(job_of(HEAD, folder, "require")[0], workers=0)
+    cut, size = len(library.backbone.stages), library.preprocessing.size
+    recipe = library.new_recipe([cut])
+    images = library.images("train", recipe.batch)
+    plain = copy.deepcopy(library.backbone).eval()
+    ways: dict[str, Callable[[], Any]] = {
+        "eager": _eager(plain, images, torch.contiguous_format),
+        "eager_channels_last": _eager(plain, images, torch.channels_last),
+    }
+    prefixes = {"ours": Prefix(library.backbone, [cut], recipe, size)}
+    if compiled:
+        prefixes["compiled"] = Prefix(library.backbone, [cut], replace(recipe, compiled=True), size)
+    for name, prefix in prefixes.items():
+        ways[name] = partial(prefix, images)
+    first_s = {name: seconds_of(way) for name, way in ways.items()}
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repetitions):
+        for name, way in ways.items():
+            found[name].append(seconds_of(way))
+    expected = {cut: ways["eager"]()}
+    measured: dict[str, Any] = {"batch": recipe.batch, "recipe": recipe.to_plain()}
+    for name, seconds in found.items():
+        measured[name] = {"seconds": spread(seconds), "eager_over_it": ratio_of(found["eager"], seconds)}
+    for name, prefix in prefixes.items():
+        measured[name]["cosine"] = cosines(prefix(images), expected)[cut]
+    if compiled:
+        measured["compiled"]["compile_s"] = first_s["compiled"] - measured["compiled"]["seconds"]["median"]
+    return {"prefix_forward": measured["ours"]["eager_over_it"]}, measured
+
+
+def _eager(backbone: torch.nn.Module, images: Tensor, memory_format: torch.memory_format) -> Callable[[], Tensor]:
+    network = copy.deepcopy(backbone).to(memory_format=memory_format)
+    given = images.contiguous(memory_format=memory_format)
+
+    @torch.inference_mode()
+    def forward() -> Tensor:
+        return network(given)  # type: ignore[no-any-return]
+
+    return forward
+
+
+def build_efficiency(folder: Path, pairs: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Images per second of building the store over what decoding and the forward pass allow together.
+
+    Decoding alone and building have as many workers as there are cores; the forward pass has their threads. On a CPU
+    they share the cores, so an image takes the sum of their times; on a GPU the longer one.
+    """
+    workers = len(os.sched_getaffinity(0))
+    found: list[dict[str, float]] = []
+    recipe: Recipe | None = None
+    for pair in range(pairs + 1):  # the first is a warm-up
+        job, _ = job_of(HEAD, folder / f"build{pair}", "require", validated=False)
+        library = library_of(job, workers)
+        recipe = recipe or library.new_recipe([len(library.backbone.stages)])
+        found.append(_build_times(library, recipe))
+    columns = {name: [times[name] for times in found[1:]] for name in found[0]}
+    together = columns.pop("least_s")
+    ratio = ratio_of(together, columns["build_s"])
+    rates = {f"{name.removesuffix('_s')}_images_per_s": spread([1 / s for s in all_]) for name, all_ in columns.items()}
+    return {"build_efficiency": ratio}, {"images": len(job.streams["train"].rows), "workers": workers, **rates}
+
+
+def _build_times(library: Library, recipe: Recipe) -> dict[str, float]:
+    """Seconds of an image: decoding alone, the forward pass alone, the least for both, and building."""
+    cut, count = len(library.backbone.stages), len(library.inputs["train"][0].rows)
+    decode_s = seconds_of(partial(_decode, library, recipe.batch)) / count
+    forward_s = _forward_s(library, cut, recipe)
+    build_s = seconds_of(partial(library.fill, [cut], recipe, share=(0, 1), progress=False)) / count
+    least_s = max(decode_s, forward_s) if library.device.type == "cuda" else decode_s + forward_s
+    return {"decode_s": decode_s, "forward_s": forward_s, "build_s": build_s, "least_s": least_s}
+
+
+def _decode(library: Library, batch: int) -> None:
+    """Decode the training stream, the start of the workers included, as it is in building."""
+    samples = library.inputs["train"][0]
+    dataset = SampleDataset(samples, library.preprocessing, None)
+    for item in loader(dataset, EvalSampler(samples, global_batch=batch, rank=0, ranks=1), library.workers):
+        item["image"].to(library.device)
+
+
+def _forward_s(library: Library, cut: int, recipe: Recipe, batches: int = 8) -> float:
+    """Seconds of an image in the prefix, the copy of what is stored included."""
+    prefix = Prefix(library.backbone, [cut], recipe, library.preprocessing.size)
+    images = library.images("train", recipe.batch)
+    prefix(images)
+    return seconds_of(lambda: [prefix(images)[cut].cpu() for _ in range(batches)]) / (batches * recipe.batch)
+
+
+def thawed_steps(folder: Path, pairs: int, steps: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Step time of a phase thawed from each stage with a stored prefix over the sum of its parts; the worst stage."""
+    job, plans = _thaw_job(folder, "head", steps)
+    library = library_of(job, job.config.data.workers)
+    cuts = range(1, len(library.backbone.stages))
+    recipe = library.new_recipe(cuts)
+    library.fill(cuts, recipe, share=(0, 1), progress=False)
+    found: dict[str, list[tuple[float, float]]] = {library.backbone.stage_names[cut]: [] for cut in cuts}
+    for pair in range(pairs):
+        for name, times in found.items():
+            job, plans = _thaw_job(folder, name, steps)
+            parts = _Parts(*_thaw_job(folder, name, steps))
+            turns = [lambda j=job, p=plans: run_phase(j, p, warm_up=2)[1], lambda parts=parts: parts.step_s(steps - 2)]
+            taken = [turn() for turn in (turns if pair % 2 else turns[::-1])]
+            times.append((taken[0], taken[1]) if pair % 2 else (taken[1], taken[0]))
+    ratios = {name: statistics.median(step / parts for step, parts in times) for name, times in found.items()}
+    measured = {
+        name: {
+            "ratio": ratios[name],
+            "step_s": spread([step for step, _ in times]),
+            "parts_s": spread([parts for _, parts in times]),
+        }
+        for name, times in found.items()
+    }
+    return {"thawed_step_over_parts": max(ratios.values())}, measured
+
+
+def _thaw_job(folder: Path, stage: str, steps: int) -> tuple[Job, list[PhasePlan]]:
+    train = "head" if stage == "head" else {"from": stage}
+    row = THAW | {"train": train, "max_steps": steps} | ({"backbone_lr": None} if stage == "head" else {})
+    return job_of(row, folder, "require", fraction=0.15, validated=False)
+
+
+class _Parts:
+    """What a step of a phase must compute, one part after the other: each stage, the head, and the optimizer."""
+
+    def __init__(self, job: Job, plans: list[PhasePlan]) -> None:
+        plan = plans[0]
+        library = library_of(job, workers=0)
+        set_trained(job, plan)
+        self.network = job.network.train()
+        self.optimizer = build_optimizer(job.network, plan)
+        self.cut = self.network.first_trained
+        batch = plan.phase.global_batch
+        with torch.no_grad():
+            self.given = self.network.backbone.run(library.images("train", batch), 0, self.cut)
+        self.target = job.streams["train"].labels[:batch].to(library.device)
+
+    def step_s(self, repetitions: int) -> float:
+        """Seconds of all parts, each by itself; the mean of some repetitions after one that does not count."""
+        self._step_s()
+        return sum(self._step_s() for _ in range(repetitions)) / repetitions
+
+    def _step_s(self) -> float:
+        backbone, x, seconds = self.network.backbone, self.given, 0.0
+        for stage in range(self.cut, len(backbone.stages)):
+            x, taken = _both_ways(lambda x, stage=stage: backbone.run(x, stage, stage + 1), x, stage > self.cut)
+            seconds += taken
+        seconds += _both_ways(lambda x: F.cross_entropy(self.network.head(x), self.target), x, True)[1]
+        return seconds + seconds_of(lambda: (self.optimizer.step(), self.optimizer.zero_grad()))
+
+
+def _both_ways(part: Callable[[Tensor], Tensor], x: Tensor, needs_gradient: bool) -> tuple[Tensor, float]:
+    """The output of a part, and the seconds of its forward and backward pass."""
+    x = x.detach().requires_grad_(needs_gradient)
+    outputs: list[Tensor] = []
+    forward_s = seconds_of(lambda: outputs.append(part(x)))
+    gradient = torch.ones_like(outputs[0])
+    return outputs[0].detach(), forward_s + seconds_of(lambda: outputs[0].backward(gradient))

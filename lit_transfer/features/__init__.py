@@ -1,0 +1,1 @@
+"""Features of frozen backbones as a table, and classical heads that are fitted to them."""

@@ -1,0 +1,444 @@
+"""What is stored is what the network gives, under a key of all that decides it; anything else is not used."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from digits import PREPROCESSING, digits, streams_of, tiny_config
+from packing import damage
+from torch import Tensor
+
+from lit_transfer.activations import build as build_module
+from lit_transfer.activations import key as key_module
+from lit_transfer.activations import shelf as shelf_module
+from lit_transfer.activations.contents import Contents
+from lit_transfer.activations.data import StoredDataset
+from lit_transfer.activations.key import content, description, hash_stages
+from lit_transfer.activations.library import Library
+from lit_transfer.activations.prefix import Recipe, plain_recipe
+from lit_transfer.activations.shelf import Shelf
+from lit_transfer.activations.views import Views, plain_views, train_views
+from lit_transfer.config import Activations, Augment
+from lit_transfer.data.loading import SampleDataset
+from lit_transfer.data.plan import PADDING, Batch
+from lit_transfer.data.streams import Samples
+from lit_transfer.errors import UserError
+from lit_transfer.model.augment import eval_input
+from lit_transfer.model.backbone import Backbone, build_backbone
+from lit_transfer.recipe import Model
+
+CUT = 4
+PLAIN = plain_recipe(torch.device("cpu"))
+FLIPS = Augment(flip_h=0.5, flip_v=0.5, quarter_turns=True)
+ALONE = (0, 1)
+
+
+def build_tiny(name: str = "timm/test_efficientnet", **model: Any) -> Backbone:
+    torch.manual_seed(0)
+    backbone = build_backbone(Model(backbone=name, weights="none", **model), image_size=PREPROCESSING.size)
+    for tensor in backbone.state_dict().values():
+        if tensor.ndim == 1:  # weights of BatchNorm that do nothing would hide that they are not there
+            tensor.add_(0.1 * torch.rand_like(tensor))
+    return backbone
+
+
+@pytest.fixture
+def backbone() -> Backbone:
+    """A tiny network in training mode."""
+    return build_tiny()
+
+
+@pytest.fixture
+def streams(tmp_path: Path) -> dict[str, Samples]:
+    """48 samples of train, 24 of val."""
+    return streams_of(tiny_config(digits(tmp_path / "digits", count=96), tmp_path))
+
+
+@pytest.fixture
+def library(backbone: Backbone, streams: dict[str, Samples], tmp_path: Path, small_parts: None) -> Library:
+    """Of both streams as they are, exact to the bit."""
+    return opened(backbone, streams, tmp_path)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 16 records, so that a shelf has several."""
+    monkeypatch.setattr(shelf_module, "ROWS_PER_PART", 16)
+    monkeypatch.setattr(build_module, "ROWS_PER_PART", 16)
+
+
+def opened(
+    backbone: Backbone,
+    streams: dict[str, Samples],
+    folder: Path,
+    views: Views | None = None,
+    prefix: str = "plain",
+    dtype: str = "float32",
+    **settings: Any,
+) -> Library:
+    plain = plain_views(PREPROCESSING)
+    inputs = {"train": (streams["train"], views or plain), "val": (streams["val"], plain)}
+    given: Any = {"folder": str(folder / "store"), "prefix": prefix, "dtype": dtype} | settings
+    return Library(backbone, PREPROCESSING, Activations(**given), inputs, workers=0)
+
+
+def fill(library: Library, cuts: set[int] | None = None, recipe: Recipe = PLAIN) -> Library:
+    library.fill(cuts or {CUT}, recipe, share=ALONE, progress=False)
+    return library
+
+
+def shelves(library: Library, cut: int = CUT) -> dict[str, Shelf]:
+    return {name: stream.shelves[0] for name, stream in library.streams(cut, PLAIN).items()}
+
+
+def outputs(backbone: Backbone, samples: Samples, cut: int = CUT) -> Tensor:
+    """What the network gives for a stream in evaluation, batch by batch as it is stored."""
+    canvas = SampleDataset(samples, PREPROCESSING, None)[Batch(0, samples.rows)]["image"]
+    filled = torch.cat([canvas, canvas[:1].expand(-len(canvas) % PLAIN.batch, -1, -1, -1)])
+    images = eval_input(filled, PREPROCESSING).split(PLAIN.batch)
+    with torch.no_grad():
+        network = copy.deepcopy(backbone).eval()
+        return torch.cat([network.run(part, 0, cut) for part in images])[: len(canvas)]
+
+
+# The key
+
+
+def of_another_weight(cut: int, backbone: Backbone, samples: Samples) -> dict[str, Any]:
+    with torch.no_grad():
+        backbone.stage_parameters(cut)[0][1].view(-1)[0] += 1e-6
+    return described(backbone, samples)
+
+
+def of_another_statistic(backbone: Backbone, samples: Samples) -> dict[str, Any]:
+    next(buffer for name, buffer in backbone.named_buffers() if "running_mean" in name)[0] += 1e-6
+    return described(backbone, samples)
+
+
+def described(
+    backbone: Backbone, samples: Samples, cut: int = CUT, preprocessing: Any = PREPROCESSING, **other: Any
+) -> dict[str, Any]:
+    view = other.get("view", plain_views(preprocessing).views[0])
+    about = content(backbone, cut, hash_stages(backbone), samples, preprocessing, view)
+    return description(about, other.get("recipe", PLAIN))
+
+
+def drawn(seed: int) -> Any:
+    views = train_views(2, FLIPS, PREPROCESSING, seed, range(2))
+    assert isinstance(views, Views)
+    return views.views[1]
+
+
+def another_digest(backbone: Backbone, samples: Samples) -> dict[str, Any]:
+    changed = copy.copy(samples.manifest)
+    object.__setattr__(changed, "digest", "0" * 64)
+    return described(backbone, replace(samples, manifest=changed))
+
+
+def another_version(backbone: Backbone, samples: Samples) -> dict[str, Any]:
+    return described(backbone, samples) | {"versions": key_module.versions() | {"torch": "0.1"}}
+
+
+CHANGES: dict[str, Callable[[Backbone, Samples], dict[str, Any]]] = {
+    "weight of the first stage": partial(of_another_weight, 0),
+    "weight of the last frozen stage": partial(of_another_weight, CUT - 1),
+    "running statistics": of_another_statistic,
+    "cut": partial(described, cut=CUT + 1),
+    "dataset": another_digest,
+    "rows": lambda b, s: described(b, replace(s, rows=s.rows[1:])),
+    **{
+        f"preprocessing {name}": partial(described, preprocessing=replace(PREPROCESSING, **{name: value}))
+        for name, value in {
+            "size": 31,
+            "canvas": 38,
+            "fit": "pad",
+            "interpolation": "bilinear",
+            "mean": (0.5, 0.456, 0.406),
+            "std": (0.5, 0.224, 0.225),
+        }.items()
+    },
+    "drawn view": lambda b, s: described(b, s, view=drawn(0)),
+    "view drawn with another seed": lambda b, s: described(b, s, view=drawn(1)),
+    **{
+        f"recipe {name}": partial(described, recipe=replace(PLAIN, **{name: value}))
+        for name, value in {
+            "device": "other",
+            "batch": 8,
+            "folded": True,
+            "bf16_from": "stem",
+            "compiled": True,
+        }.items()
+    },
+    "version": another_version,
+}
+
+
+def test_the_key_changes_with_all_that_decides_a_record(backbone: Backbone, streams: dict[str, Samples]) -> None:
+    samples = streams["train"]
+    about = {"nothing": described(backbone, samples)}
+    about |= {name: change(copy.deepcopy(backbone), samples) for name, change in CHANGES.items()}
+    keys = {name: Contents(value, len(samples.rows), (8,), torch.float32).key for name, value in about.items()}
+    keys["dtype"] = Contents(about["nothing"], len(samples.rows), (8,), torch.float16).key
+    keys["records"] = Contents(about["nothing"], len(samples.rows) - 1, (8,), torch.float32).key
+    assert len(set(keys.values())) == len(keys), keys
+    assert of_another_weight(CUT, copy.deepcopy(backbone), samples) == about["nothing"], "it stands behind the cut"
+    assert described(copy.deepcopy(backbone), samples) == about["nothing"]
+
+
+def test_the_key_knows_how_a_network_is_pooled(streams: dict[str, Samples]) -> None:
+    """The class token and the mean of the others have the same shape and the same weights."""
+    hashes = []
+    for pool in ("auto", "avg"):
+        model = Model(backbone="timm/test_vit", weights="none", last_stage="blocks.1", pool=pool)  # type: ignore[arg-type]
+        torch.manual_seed(0)
+        hashes.append(hash_stages(build_backbone(model)))
+    assert hashes[0][:-1] == hashes[1][:-1] and hashes[0][-1] != hashes[1][-1]
+
+
+# What is stored
+
+
+@pytest.mark.parametrize("cuts", [{CUT}, {1, CUT, 7}], ids=str)
+def test_records_are_what_the_network_gives(library: Library, cuts: set[int]) -> None:
+    fill(library, cuts)
+    for cut in cuts:
+        for name, stream in library.streams(cut, PLAIN).items():
+            samples = library.inputs[name][0]
+            order = np.random.default_rng(0).permutation(samples.rows)
+            wanted = outputs(library.backbone, samples, cut)[torch.from_numpy(stream.places(order))]
+            assert torch.equal(stream.read(order, epoch=3), wanted)
+            assert all(shelf.counts()["wasted"] == 0 and shelf.missing() == [] for shelf in stream.shelves)
+    assert all(module.training for module in library.backbone.modules())
+
+
+def test_each_row_is_read_in_the_view_that_the_plan_draws(
+    backbone: Backbone, streams: dict[str, Samples], tmp_path: Path, small_parts: None
+) -> None:
+    views = train_views("d4", FLIPS, PREPROCESSING, 5, range(3))
+    assert isinstance(views, Views)
+    library = fill(opened(backbone, streams, tmp_path, views))
+    stream, rows = library.streams(CUT, PLAIN)["train"], streams["train"].rows
+    canvas = SampleDataset(streams["train"], PREPROCESSING, None)[Batch(0, rows)]["image"]
+    network = copy.deepcopy(backbone).eval()
+    with torch.no_grad():
+        of_views = torch.stack([network.run(view.input(canvas, rows), 0, CUT) for view in views.views])
+    for epoch in range(2):
+        wanted = of_views[torch.from_numpy(views.which(epoch, rows)), torch.arange(len(rows))]
+        torch.testing.assert_close(stream.read(rows, epoch), wanted, rtol=1e-4, atol=1e-5)
+    assert library.missing(CUT, PLAIN) == 0
+    assert library.missing(CUT, replace(PLAIN, folded=True)) == library.missing(CUT, None) == 8 * 48 + 24
+
+
+def test_two_that_want_the_same_do_it_once(library: Library) -> None:
+    """The second begins in the middle, and finds what the first has done."""
+    real = Shelf.write
+
+    def write_as_the_second(shelf: Shelf, *arguments: Any) -> None:
+        real(shelf, *arguments)
+        if not done:
+            done.append(True)
+            library.fill({CUT}, PLAIN, share=(1, 2), progress=False)
+
+    done: list[bool] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shelf, "write", write_as_the_second)
+        fill(library)
+    counts = [shelf.counts() for shelf in shelves(library).values()]
+    assert [(c["built_records"], c["wasted"]) for c in counts] == [(48, 0), (24, 0)]
+
+
+def test_what_float16_cannot_hold_is_refused(backbone: Backbone, streams: dict[str, Samples], tmp_path: Path) -> None:
+    with torch.no_grad():
+        backbone.stage_parameters(0)[0][1].mul_(1e30)
+        for norm in (m for m in backbone.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)):
+            norm.weight.mul_(1e4)
+    with pytest.raises(UserError, match=r"activations at blocks.3 reach .*, which activations.dtype float16 cannot"):
+        fill(opened(backbone, streams, tmp_path, dtype="float16"))
+
+
+def test_looking_for_what_is_missing_makes_no_folder(library: Library) -> None:
+    assert library.missing(CUT, PLAIN) == library.missing(CUT, None) == 72
+    assert library.recipe([CUT]) is None
+    assert not Path(library.store.folder).exists()
+
+
+# What is not used
+
+
+def test_a_shelf_of_other_weights_or_types_is_not_used(
+    library: Library, backbone: Backbone, streams: dict[str, Samples], tmp_path: Path
+) -> None:
+    fill(library)
+    assert opened(backbone, streams, tmp_path).recipe([CUT]) == PLAIN
+    assert opened(backbone, streams, tmp_path, prefix="fast").recipe([CUT]) == PLAIN, "it is better than it must be"
+    assert opened(backbone, streams, tmp_path).recipe([1, 2]) is None
+    assert opened(backbone, streams, tmp_path, dtype="bfloat16").recipe([CUT]) is None
+    other = copy.deepcopy(backbone)
+    of_another_weight(0, other, streams["train"])
+    changed = opened(other, streams, tmp_path)
+    assert changed.recipe([CUT]) is None and changed.missing(CUT, PLAIN) == 72
+
+
+@pytest.mark.parametrize("recipe", [replace(PLAIN, folded=True), replace(PLAIN, device="cpu of another kind")])
+def test_plain_and_this_machine_are_what_they_say(
+    library: Library, backbone: Backbone, streams: dict[str, Samples], tmp_path: Path, recipe: Recipe
+) -> None:
+    fill(library, recipe=recipe)
+    assert library.recipe([CUT]) is None
+    fast = opened(backbone, streams, tmp_path, prefix="fast").recipe([CUT])
+    assert fast == (recipe if recipe.folded else None)
+
+
+def test_records_of_other_packages_are_not_used(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(library)
+    monkeypatch.setattr(key_module, "_PACKAGES", ("torchvision", "timm", "pillow"))
+    monkeypatch.setattr("lit_transfer.activations.library.versions", key_module.versions)
+    assert library.recipe([CUT]) is None and library.missing(CUT, PLAIN) == 72
+
+
+def test_a_half_built_shelf_is_completed(library: Library, backbone: Backbone) -> None:
+    fill(library)
+    path = shelves(library)["train"].folder / "part-00001.safetensors"
+    before = path.read_bytes()
+    path.unlink()
+    assert library.recipe([CUT]) == PLAIN and library.missing(CUT, PLAIN) == 16
+    fill(library)
+    assert path.read_bytes() == before
+    assert shelves(library)["train"].counts()["built"] == 4, "the others are kept"
+
+
+def test_the_most_complete_recipe_goes_on(library: Library, backbone: Backbone, streams: Any, tmp_path: Path) -> None:
+    folded = replace(PLAIN, folded=True)
+    fill(library)
+    fill(library, recipe=folded)
+    for shelf in shelves(library).values():
+        (shelf.folder / "part-00000.safetensors").unlink()
+    assert opened(backbone, streams, tmp_path, prefix="fast").recipe([CUT]) == folded
+
+
+def test_a_description_that_was_changed_is_refused(library: Library) -> None:
+    fill(library)
+    path = shelves(library)["val"].folder / "shelf.json"
+    about = json.loads(path.read_text())
+    about["description"]["content"]["dataset"] = "0" * 64
+    path.write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"shelf.json is not what the name of its folder stands for"):
+        library.streams(CUT, PLAIN)
+
+
+# What is damaged
+
+
+@pytest.mark.parametrize("place", [0, -3], ids=["in the header", "in a record"])
+def test_a_damaged_part_is_built_again_and_counted(library: Library, place: int) -> None:
+    fill(library)
+    shelf = shelves(library)["val"]
+    sound = shelf.load()
+    path = shelf.folder / f"part-{shelf.parts - 1:05d}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    assert library.mend(CUT, PLAIN, ALONE) == (1 if place else 8)
+    assert shelf.missing() == [shelf.parts - 1] and shelf.counts()["corrupted"] == 1
+    fill(library)
+    library.check(CUT, PLAIN)
+    assert torch.equal(shelf.load(), sound) and library.mend(CUT, PLAIN, ALONE) == 0
+
+
+def test_each_of_several_looks_at_its_share(library: Library) -> None:
+    fill(library)
+    for shelf in shelves(library).values():
+        for part in range(shelf.parts):
+            path = shelf.folder / f"part-{part:05d}.safetensors"
+            path.write_bytes(path.read_bytes()[:-1] + b"\x77")
+    found = [library.mend(CUT, PLAIN, (rank, 2)) for rank in range(2)]
+    assert found[0] > 0 < found[1] and sum(found) == 5 and library.missing(CUT, PLAIN) == 72
+
+
+def test_a_wrong_record_with_a_right_checksum_stops_the_run(library: Library) -> None:
+    fill(library)
+    shelf = shelves(library)["val"]
+    values = shelf.load()[:16]
+    values[7] *= 1.01
+    (shelf.folder / "part-00000.safetensors").unlink()
+    shelf.write(0, values, {})
+    assert library.mend(CUT, PLAIN, ALONE) == 0
+    with pytest.raises(UserError, match=r"record 7 differs by 0.01 of its norm .* 1 of 24 do; remove that folder"):
+        library.check(CUT, PLAIN)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_rounding_to_the_stored_type_is_no_difference(
+    backbone: Backbone, streams: dict[str, Samples], tmp_path: Path, dtype: str
+) -> None:
+    library = fill(opened(backbone, streams, tmp_path, dtype=dtype))
+    library.check(CUT, PLAIN)
+
+
+def test_damaged_pictures_are_marked_and_treated_as_without_a_store(
+    library: Library, streams: dict[str, Samples]
+) -> None:
+    rows = {name: [int(streams[name].rows[place]) for place in (2, 20)] for name in ("train", "val")}
+    for row in (row for both in rows.values() for row in both):
+        damage(streams[name := "train"].manifest, row)
+    fill(library)
+    library.check(CUT, PLAIN)
+    for name, stream in library.streams(CUT, PLAIN).items():
+        samples, seed = streams[name], 3 if name == "train" else None
+        marked = [place for place in range(len(samples.rows)) if stream.shelves[0].damaged(place)]
+        assert [int(samples.rows[place]) for place in marked] == rows[name]
+        batch = Batch(1, np.append(samples.rows[:23], PADDING), entries=23)
+        given, wanted = (
+            dataset[batch]
+            for dataset in (
+                StoredDataset(stream, PREPROCESSING, seed),
+                SampleDataset(samples, PREPROCESSING, seed),
+            )
+        )
+        assert given.keys() - wanted.keys() == {"activations"} and wanted["damaged"]
+        for key in given.keys() & wanted.keys():
+            same = given[key] == wanted[key]
+            assert same if isinstance(same, bool) else bool(same.all()), key
+        with torch.no_grad():
+            images = eval_input(wanted["image"], PREPROCESSING)
+            network = copy.deepcopy(library.backbone).eval()
+            torch.testing.assert_close(given["activations"][: len(marked)], network.run(images, 0, CUT)[: len(marked)])
+
+
+# Room
+
+
+def test_room_is_made_of_what_nobody_uses_but_never_of_what_is_wanted(
+    library: Library, backbone: Backbone, streams: dict[str, Samples], tmp_path: Path
+) -> None:
+    """The limit has room for one cut, and not for another beside it."""
+    fill(library, {5})
+    stored = sum(shelf.shared.stored_bytes() for shelf in shelves(library, 5).values())
+    limited = opened(backbone, streams, tmp_path, limit_gb=stored * 1.5 / 1e9)
+    assert limited.room_bytes([7], PLAIN) == int(stored * 1.5)
+    assert limited.room_bytes([5], PLAIN) == int(stored * 1.5) - stored
+    held = shelves(library, 5)["train"]
+    with held.in_use():
+        assert limited.room_bytes([7], PLAIN) < stored * 1.5 - held.full_bytes
+        assert not limited.make_room([7], PLAIN)
+    (held.folder / "part-00001.safetensors").unlink()
+    assert limited.make_room([5], PLAIN) and limited.missing(5, PLAIN) == 16, "its own shelves are not evicted"
+    assert limited.make_room([7], PLAIN) and limited.missing(5, PLAIN) > 16
+    assert not limited.make_room([4], PLAIN)
+
+
+def test_what_is_there_needs_no_room(
+    library: Library, backbone: Backbone, streams: dict[str, Samples], tmp_path: Path
+) -> None:
+    fill(library)
+    limited = opened(backbone, streams, tmp_path, limit_gb=1e-9)
+    assert limited.make_room([CUT], PLAIN) and limited.missing(CUT, PLAIN) == 0
