@@ -7,6 +7,8 @@
   interleaved repetitions, each in a fresh process; a ratio is ours over the other's, of medians.
 - reading: microseconds a sample of the shard reader, which checks each picture's sha256, against `tarfile` over the
   same shards; no decoding, one process, files in memory.
+- steps: microseconds a picture of what a worker does, and of the training process' part, in one process: why the ratio
+  to bare decoding is what it is.
 - memory: peak of a rank's processes (`loader_memory.py`) with datasets of 10^4, 10^6 and 10^7 samples.
 - nodes: share of a dataset's bytes that a node reads in an epoch of 4 partitions, from the plan.
 
@@ -35,15 +37,22 @@ from typing import Any
 
 import loader_memory
 import numpy as np
+import simplejpeg
 import torch
-from loader_pipelines import BATCH, EPOCHS, PIPELINES, WORKERS
+from loader_pipelines import BATCH, EPOCHS, PIPELINES, SEED, WORKERS, preprocessing
 from PIL import Image
 
+from lit_transfer.config import Stream
+from lit_transfer.data.decode import decode, to_canvas
+from lit_transfer.data.loading import SampleDataset
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.data.packing.items import Pack
 from lit_transfer.data.packing.pack import pack
+from lit_transfer.data.plan import Batch
 from lit_transfer.data.store import ShardReader
+from lit_transfer.data.streams import open_stream
 from lit_transfer.files import write_json
+from lit_transfer.model.augment import eval_input
 
 HERE = Path(__file__).parent
 LITDATA = "litdata==0.2.76"
@@ -64,7 +73,7 @@ def make_picture(number: int, folder: Path) -> None:
     rng, photo = np.random.default_rng(number), photographs()[number % 2]
     share = rng.uniform(0.6, 0.95)
     width, height = round(photo.width * share), round(photo.height * share)
-    left, top = rng.integers(photo.width - width), rng.integers(photo.height - height)
+    left, top = int(rng.integers(photo.width - width)), int(rng.integers(photo.height - height))
     part = photo.rotate(rng.uniform(-5, 5), Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
     pixels = np.asarray(part.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)) + rng.normal(0, 4, (HEIGHT, WIDTH, 1))
     path = folder / f"class{number % CLASSES}" / f"{number:05d}.jpg"
@@ -107,23 +116,22 @@ def run(python: str, pipeline: str, folder: Path) -> str:
     return done.stdout
 
 
-def compare_pipelines(folder: Path, repetitions: int) -> dict[str, dict[str, Any]]:
+def compare_pipelines(folder: Path, litdata: str, repetitions: int) -> dict[str, dict[str, Any]]:
     """Figures of every pipeline and of bare decoding, medians over interleaved repetitions."""
-    litdata = litdata_python(folder)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("bare decoding", *PIPELINES)}
     for repetition in range(repetitions):
         for name, figures in found.items():
             lines = run(litdata if name == "litdata" else sys.executable, name, folder).splitlines()
             figures.append(json.loads(lines[-1]))
             print(f"{repetition} {name}: {figures[-1]}", flush=True)
-    medians = {
+    medians: dict[str, dict[str, Any]] = {
         name: {key: statistics.median(one[key] for one in figures) for key in figures[0]}
         for name, figures in found.items()
     }
     mine = medians["ours"]["images_per_s"]
-    for name, figures in medians.items():
-        figures["ours_over_it"] = mine / figures["images_per_s"]
-        figures["all_images_per_s"] = [round(one["images_per_s"]) for one in found[name]]
+    for name, median in medians.items():
+        median["ours_over_it"] = mine / median["images_per_s"]
+        median["all_images_per_s"] = [round(one["images_per_s"]) for one in found[name]]
     return medians
 
 
@@ -148,6 +156,37 @@ def compare_reading(manifest: Manifest, repetitions: int) -> dict[str, float]:
         "reader_over_tarfile": medians["tarfile_us"] / medians["reader_us"],
         "reader_over_tarfile_without_checking": medians["tarfile_us"] / unchecked_us,
     }
+
+
+def profile(manifest: Manifest, repetitions: int) -> dict[str, float]:
+    """Microseconds a picture of each step from shard to network input, medians, in this process on one thread."""
+    torch.set_num_threads(1)
+    how = preprocessing()
+    dataset = SampleDataset(open_stream(Stream(manifest=str(manifest.path), split="train"), None, SEED), how, SEED)
+    rows = range(BATCH)
+    pictures = [dataset.reader.read(row) for row in rows]
+    pixels = [simplejpeg.decode_jpeg(data) for data in pictures]
+    batch = Batch(0, np.arange(BATCH))
+    canvases = dataset[batch]["image"]
+    steps: dict[str, Callable[[], Any]] = {
+        "read_and_check": lambda: [dataset.reader.read(row) for row in rows],
+        "decode_alone": lambda: [simplejpeg.decode_jpeg(data) is None for data in pictures],
+        "resize_alone": lambda: [to_canvas(one, how) is None for one in pixels],
+        "decode_and_resize": lambda: [decode(data, how) is None for data in pictures],
+        "whole_batch": lambda: dataset[batch],
+        "hand_over": lambda: canvases.clone().share_memory_(),
+        "normalise": lambda: eval_input(canvases, how),
+    }
+    return {name: _median_us(step, repetitions * 4) / BATCH for name, step in steps.items()}
+
+
+def _median_us(step: Callable[[], Any], repetitions: int) -> float:
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e6
 
 
 def _read_tar(path: Path) -> int:
@@ -181,10 +220,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         manifest = make(folder, options.pictures)
-        results: dict[str, Any] = {"pipelines": compare_pipelines(folder, options.repetitions)}
-        results["reading"] = compare_reading(manifest, options.repetitions)
-        results["memory"] = [loader_memory.measured(folder, samples) for samples in options.samples]
-    results["nodes"] = loader_memory.node_shares()
+        memory = [loader_memory.measured(folder, samples) for samples in options.samples]
+        print(json.dumps(memory), flush=True)
+        litdata = litdata_python(folder)
+        results = {
+            "pipelines": compare_pipelines(folder, litdata, options.repetitions),
+            "steps_us": profile(manifest, options.repetitions),
+            "reading": compare_reading(manifest, options.repetitions),
+            "memory": memory,
+            "nodes": loader_memory.node_shares(),
+        }
     settings = {"pictures": options.pictures, "repetitions": options.repetitions, "batch": BATCH, "epochs": EPOCHS}
     versions = {package: version(package) for package in PACKAGES} | {"litdata": LITDATA.partition("==")[2]}
     write_json(
@@ -192,7 +237,7 @@ def main() -> None:
         settings | {"workers": WORKERS, "hardware": hardware(), "versions": versions} | results,
     )
     print(table(results["pipelines"]))
-    print(json.dumps({name: results[name] for name in ("reading", "memory", "nodes")}, indent=1))
+    print(json.dumps({name: results[name] for name in ("steps_us", "reading", "memory", "nodes")}, indent=1))
 
 
 if __name__ == "__main__":

@@ -31,11 +31,10 @@ STEPS = 20
 NODES, PARTITIONS, SHARDS, SHARD_SAMPLES, GLOBAL_BATCH = (1, 2, 4), 4, 500, 2000, 256
 
 
-def make(folder: Path, samples: int) -> None:
+def make(path: str, samples: int) -> None:
     """Write a dataset of so many samples: links to one shard, again and again."""
-    whole = Manifest.open(folder / "whole")
+    whole, out = Manifest.open(Path(path) / "whole"), Path(path) / "large"
     copies = samples // whole.table.num_rows
-    out = folder / "large"
     out.mkdir()
     shards = []
     for copy in range(copies):
@@ -49,10 +48,10 @@ def make(folder: Path, samples: int) -> None:
     record.write_manifest(out, task=whole.task, labels=whole.labels, shards=shards, table=table, pack={})
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """Open the dataset, plan an epoch and take some batches; then what this process and its workers hold."""
+def measure(path: str) -> None:
+    """Open the dataset, plan an epoch and take some batches; then print what this process and its workers hold."""
     start = time.perf_counter()
-    streams = open_streams(Data(train=Stream(manifest=str(folder / "large"), split="train")), SEED)
+    streams = open_streams(Data(train=Stream(manifest=f"{path}/large", split="train")), SEED)
     steps = steps_per_epoch(len(streams["train"].rows), BATCH)
     data = ImageData(streams, preprocessing(), seed=SEED, global_batch=BATCH, workers=WORKERS, steps=range(steps))
     batches = iter(data.train_dataloader())
@@ -61,7 +60,7 @@ def measure(folder: Path) -> dict[str, Any]:
     for _ in range(STEPS):
         next(batches)
     children = descendants(os.getpid())
-    return {
+    figures = {
         "samples": len(streams["train"].rows),
         "first_batch_s": first_batch_s,
         "training_process_peak_mb": held_mb(os.getpid(), "status", "VmHWM"),
@@ -71,6 +70,7 @@ def measure(folder: Path) -> dict[str, Any]:
             held_mb(process, "smaps_rollup", "Pss_Anon") for process in [os.getpid(), *children]
         ),
     }
+    print(json.dumps(figures))
 
 
 def held_mb(process: int, file: str, name: str) -> float:
@@ -88,14 +88,20 @@ def descendants(process: int) -> list[int]:
 
 def measured(folder: Path, samples: int) -> dict[str, Any]:
     """`measure` of a dataset of so many samples, which is made first and removed last."""
-    command = [sys.executable, __file__]
-    subprocess.run([*command, "--make", str(folder), str(samples)], check=True)
-    done = subprocess.run([*command, "--measure", str(folder)], check=True, capture_output=True, text=True)
+    _call("make", str(folder), samples)
+    figures: dict[str, Any] = json.loads(_call("measure", str(folder)).splitlines()[-1])
     for path in (folder / "large").iterdir():
         path.unlink()
     (folder / "large").rmdir()
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
+
+
+def _call(name: str, *arguments: str | int) -> str:
+    """What a function of this file prints in a process of its own."""
+    # Not as a script: workers import the script that they belong to, and would hold all that this one imports.
+    code = f"import loader_memory; loader_memory.{name}(*{arguments})"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent).stdout
 
 
 def node_shares() -> dict[str, float]:
@@ -118,10 +124,3 @@ def node_shares() -> dict[str, float]:
         opened = [len(np.unique(shard_of[mine[mine != plan.PADDING]])) for mine in read]
         shares[str(nodes)] = sum(opened) / nodes / SHARDS
     return shares
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "--make":
-        make(Path(sys.argv[2]), int(sys.argv[3]))
-    else:
-        print(json.dumps(measure(Path(sys.argv[2]))))

@@ -36,7 +36,7 @@ from store_parts import build_efficiency, prefix_forward, thawed_steps
 from table import write_result
 
 EPOCHS = 20
-PHASE: Row = {"name": "head", "lr": 5e-3, "schedule": "warmup_cosine", "warmup_steps": 20}
+PHASE: Row = {"name": "head", "lr": 5e-3, "schedule": "warmup_cosine"}
 Found = tuple[dict[str, float], dict[str, Any]]
 
 
@@ -87,15 +87,16 @@ def main() -> None:
     """Measure, print the figures with their aims, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--fraction", type=float, default=0.2, help="of the pictures, for the phase of 20 epochs")
+    parser.add_argument("--fraction", type=float, default=0.2, help="of the pictures, for phases of 20 epochs")
+    parser.add_argument("--stored_fraction", type=float, default=1.0, help="the same for loops and building")
     parser.add_argument("--steps", type=int, default=8, help="of a thawed phase; the first two do not count")
     parser.add_argument("--compile", action="store_true", help="also time the compiled prefix")
     parser.add_argument("--only", nargs="+", help="parts to measure; nothing is written then")
     options = parser.parse_args()
     pairs = options.pairs
     parts: dict[str, Callable[[Path], Found]] = {
-        "build": partial(build_efficiency, pairs=pairs),
-        "loops": partial(compare_loops, pairs=pairs),
+        "build": partial(build_efficiency, pairs=pairs, fraction=options.stored_fraction),
+        "loops": partial(compare_loops, pairs=pairs, fraction=options.stored_fraction),
         "prefix": partial(prefix_forward, repetitions=2 * pairs + 1, compiled=options.compile),
         "thawed": partial(thawed_steps, pairs=pairs, steps=options.steps),
         "memory": partial(peak_memory, pairs=pairs),

@@ -15,14 +15,15 @@ from lit_transfer.phases.job import Job
 
 EPOCHS = 20
 HEADS = {"lr": [1e-3, 2e-3, 5e-3, 1e-2], "weight_decay": [0.0, 0.01, 0.05, 0.1]}
-ONE: Row = {"name": "head", "lr": 5e-3, "schedule": "warmup_cosine", "warmup_steps": 20}
+ONE: Row = {"name": "head", "lr": 5e-3, "schedule": "warmup_cosine"}
 SIXTEEN: Row = ONE | {"lr": None, "weight_decay": 0.0, "heads": HEADS}
 
 
-def stored_epoch_s(row: Row, folder: Path, steps_per_epoch: int) -> float:
+def stored_epoch_s(row: Row, folder: Path, fraction: float, steps_per_epoch: int) -> float:
     """Seconds of the training steps of an epoch by our loop; validated once, which is not counted."""
     total = EPOCHS * steps_per_epoch
-    job, plans = job_of(row | {"max_epochs": EPOCHS, "validate_every_steps": total}, folder, "require")
+    row = row | {"max_epochs": EPOCHS, "validate_every_steps": total}
+    job, plans = job_of(row, folder, "require", fraction=fraction)
     assert plans[0].steps_per_epoch == steps_per_epoch
     return run_phase(job, plans, warm_up=steps_per_epoch)[1] * steps_per_epoch
 
@@ -57,17 +58,17 @@ def features_of(job: Job) -> tuple[Tensor, Tensor]:
     return held["train"].views[0], held["train"].samples.labels.to(library.device)
 
 
-def compare_loops(folder: Path, pairs: int) -> tuple[dict[str, float], dict[str, Any]]:
+def compare_loops(folder: Path, pairs: int, fraction: float) -> tuple[dict[str, float], dict[str, Any]]:
     """Ratios of our loop to the bare one and of 16 heads to one, and what was measured."""
-    job, plans = job_of(ONE | {"max_epochs": 1}, folder, "require")
+    job, plans = job_of(ONE | {"max_epochs": 1}, folder, "require", fraction=fraction)
     features, targets = features_of(job)
     batch, steps = plans[0].phase.global_batch, plans[0].steps_per_epoch
     found: dict[str, list[float]] = {"bare": [], "ours": [], "16_heads": []}
     for pair in range(pairs + 1):  # the first is a warm-up
         times = {
             "bare": bare_epoch_s(features, targets, job.network.head, batch, job.config.objective.label_smoothing),
-            "ours": stored_epoch_s(ONE, folder, steps),
-            "16_heads": stored_epoch_s(SIXTEEN, folder, steps),
+            "ours": stored_epoch_s(ONE, folder, fraction, steps),
+            "16_heads": stored_epoch_s(SIXTEEN, folder, fraction, steps),
         }
         for name, seconds in times.items():
             found[name] += [seconds] if pair else []

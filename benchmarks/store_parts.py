@@ -72,7 +72,7 @@ def _eager(backbone: torch.nn.Module, images: Tensor, memory_format: torch.memor
     return forward
 
 
-def build_efficiency(folder: Path, pairs: int) -> tuple[dict[str, float], dict[str, Any]]:
+def build_efficiency(folder: Path, pairs: int, fraction: float) -> tuple[dict[str, float], dict[str, Any]]:
     """Images per second of building the store over what decoding and the forward pass allow together.
 
     Decoding alone and building have as many workers as there are cores; the forward pass has their threads. On a CPU
@@ -82,7 +82,7 @@ def build_efficiency(folder: Path, pairs: int) -> tuple[dict[str, float], dict[s
     found: list[dict[str, float]] = []
     recipe: Recipe | None = None
     for pair in range(pairs + 1):  # the first is a warm-up
-        job, _ = job_of(HEAD, folder / f"build{pair}", "require", validated=False)
+        job, _ = job_of(HEAD, folder / f"build{pair}", "require", fraction=fraction, validated=False)
         library = library_of(job, workers)
         recipe = recipe or library.new_recipe([len(library.backbone.stages)])
         found.append(_build_times(library, recipe))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,15 +45,18 @@ class Figure:
     aim_gpu: float | None
     more_is_better: bool = True
 
-    def aim(self, device: str) -> str:
-        """In words."""
-        aim = self.aim_cpu if device == "cpu" else self.aim_gpu
+    def aim(self, machine: str) -> str:
+        """In words, for a machine as `hardware` names it."""
+        aim = self._aim(machine)
         return "reported" if aim is None else f"{aim:g} or {'more' if self.more_is_better else 'less'}"
 
-    def is_met(self, device: str, value: float) -> bool:
+    def is_met(self, machine: str, value: float) -> bool:
         """Whether a value is as good as the aim, or there is none."""
-        aim = self.aim_cpu if device == "cpu" else self.aim_gpu
+        aim = self._aim(machine)
         return aim is None or (value >= aim if self.more_is_better else value <= aim)
+
+    def _aim(self, machine: str) -> float | None:
+        return self.aim_cpu if machine.startswith("cpu-") else self.aim_gpu
 
 
 FIGURES = (
@@ -70,68 +74,66 @@ FIGURES = (
 )
 
 
-def hardware() -> dict[str, Any]:
-    """What a benchmark ran on: the GPU if there is one, the processor, the cores it may use, and their memory."""
+def hardware() -> str:
+    """What a benchmark runs on, fit for a file's name: the GPU, or `cpu`, the processor and the cores it may use."""
+    if torch.cuda.is_available():
+        return _slug(torch.cuda.get_device_name())
     model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "processor": model[1] if model else "unknown",
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(memory / 1e9),
-        "threads": torch.get_num_threads(),
-    }
+    return f"cpu-{_slug(model[1] if model else platform.machine())}-{len(os.sched_getaffinity(0))}-cores"
+
+
+def _slug(words: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def write_result(name: str, ratios: Mapping[str, float], measured: Mapping[str, Any]) -> Path:
     """Write what a benchmark found on this machine to `results/`, and print its figures with their aims."""
+    unknown = set(ratios) - {figure.name for figure in FIGURES}
+    assert not unknown, f"{unknown} are in no row of the table"
     machine = hardware()
-    short = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
-    path = RESULTS / f"{name}-{re.sub(r'[^a-z0-9]+', '_', short.lower()).strip('_')}.json"
+    path = RESULTS / f"{name}-{machine}.json"
     versions = {package: version(package) for package in PACKAGES}
     write_json(path, {"hardware": machine, "versions": versions, "ratios": ratios, "measured": measured})
     for figure in FIGURES:
         if figure.name in ratios:
-            print(f"{figure.name} {ratios[figure.name]:.4g} (aim {figure.aim('gpu' if machine['gpu'] else 'cpu')})")
+            value = ratios[figure.name]
+            missed = "" if figure.is_met(machine, value) else ", missed"
+            print(f"{figure.name} {shown(value)} (aim {figure.aim(machine)}{missed})")
     return path
 
 
-def machines(folder: Path) -> dict[str, dict[str, Any]]:
-    """What was found on each machine, by the name of its files: `hardware`, and the `ratios` of all its files."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*-*.json")):
+def shown(value: float) -> str:
+    """Of 4 digits that count."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:#.4g}".rstrip(".")
+
+
+def machines(folder: Path) -> dict[str, dict[str, float]]:
+    """The ratios of all files of each machine."""
+    found: dict[str, dict[str, float]] = {}
+    for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
-        machine = found.setdefault(path.stem.partition("-")[2], {"hardware": result["hardware"], "ratios": {}})
-        machine["ratios"] |= result["ratios"]
+        found.setdefault(result["hardware"], {}).update(result["ratios"])
     return found
 
 
 def table(folder: Path) -> str:
-    """All figures in Markdown: a row each, and a column with its aims and one for each machine."""
+    """All figures in Markdown: a row each, with its aims and a column for each machine."""
     columns = machines(folder)
-    names = [_title(machine["hardware"]) for machine in columns.values()]
-    lines = [
-        "| | " + " | ".join(["aim, CPU", "aim, GPU", *names]) + " |",
-        "| --- |" + " --- |" * 2 + " ---: |" * len(names),
-    ]
+    lines = [_row("", "aim, CPU", "aim, GPU", *columns), _row("---", "---", "---", *("---:" for _ in columns))]
     for figure in FIGURES:
-        cells = [_cell(figure, machine) for machine in columns.values()]
-        lines.append(
-            f"| {figure.what} `[{figure.name}]` | " + " | ".join([figure.aim("cpu"), figure.aim("gpu"), *cells]) + " |"
-        )
+        cells = [_cell(figure, machine, ratios.get(figure.name)) for machine, ratios in columns.items()]
+        lines.append(_row(f"{figure.what} `[{figure.name}]`", figure.aim("cpu-"), figure.aim("gpu"), *cells))
     return "\n".join(lines)
 
 
-def _title(machine: Mapping[str, Any]) -> str:
-    return str(machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores")
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
-def _cell(figure: Figure, machine: Mapping[str, Any]) -> str:
-    value = machine["ratios"].get(figure.name)
+def _cell(figure: Figure, machine: str, value: float | None) -> str:
     if value is None:
         return "not measured"
-    is_met = figure.is_met("gpu" if machine["hardware"]["gpu"] else "cpu", value)
-    return f"{value:.3g}" if is_met else f"{value:.3g} (missed)"
+    return shown(value) if figure.is_met(machine, value) else f"{shown(value)} (missed)"
 
 
 def with_table(page: str, folder: Path) -> str:

@@ -54,7 +54,8 @@ def job_of(preset: str, fraction: float, folder: Path, *more: str) -> tuple[Job,
         "train": plain["data"]["train"] | {"fraction": fraction},
         "workers": 0,  # decoded in the process, so that the start of a worker is in neither time
     }
-    changes = ["--runs_dir", str(folder), "--trainer.progress", "false", "--tracking.wandb", "off", *more]
+    changes = ["--runs_dir", str(folder), "--trainer.progress", "false", "--tracking.wandb", "off"]
+    changes += ["--activations.store", "off", *more]  # the loop computes its frozen stages in each step, too
     os.environ.pop(ENVIRONMENT, None)
     return prepare_job(parse(Config, override(plain, changes)))
 

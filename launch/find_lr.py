@@ -99,7 +99,7 @@ def advice(config: Config, plan: PhasePlan, test: RangeTest) -> str:
         )
     rates = config_rates(plan.phase, test.rates[test.suggested] / test.planned)
     plain = {key: float(f"{rate:.2g}") for key, rate in rates.items()}
-    keys = plain if plan.phase.lr or plan.phase.backbone_lr else {"train": {"params": plain}}
+    keys = plain if plan.phase.head_lr or plan.phase.backbone_lr else {"train": {"params": plain}}
     is_list = isinstance(config.phases, list)
     where = (
         "under phases:" if is_list else "as phases: (lit-transfer plan --expand prints all that the preset stands for)"

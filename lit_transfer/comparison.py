@@ -175,8 +175,8 @@ class Result:
 
 
 def conclude_features(result: Result) -> dict[str, float | int | str | list[float] | None]:
-    """Measure the chosen head and its backbones as one network on pictures, write the portable model and the report, and
-    return the figures of the summary.
+    """Measure the chosen head and its backbones as one network on pictures, write the portable model and the report,
+    and return the figures of the summary.
 
     What `evaluate` says later is the same; by stored features it may differ as far as these are rounded.
     """

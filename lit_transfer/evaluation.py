@@ -28,7 +28,6 @@ from lit_transfer.phases.trainer import check_machine, predict_stream, ranks_of
 from lit_transfer.reading import to_plain
 from lit_transfer.report.split import Evaluation, write_report
 
-
 BATCH = 64
 """Samples per step, where a run had no steps."""
 

@@ -89,7 +89,8 @@ class Left:
     last: dict[str, Any]
 
 
-def config_of(manifest: Manifest, folder: Path, row: dict[str, Any], **sections: Any) -> Config:
+def config_of(manifest: Manifest, folder: Path, row: dict[str, Any], *more: dict[str, Any], **sections: Any) -> Config:
+    """A run of one phase, `head`, or of more; a row needs only what is special."""
     streams = {name: {"manifest": str(manifest.path), "split": name} for name in ("train", "val")}
     head = sections.pop("head", {})
     fixed = {
@@ -101,7 +102,7 @@ def config_of(manifest: Manifest, folder: Path, row: dict[str, Any], **sections:
         "data": streams | {"workers": 0} | sections.pop("data", {}),
     }
     usual = {"name": "head", "lr": 0.01, "global_batch": 7}
-    rows = [usual | ({} if "max_steps" in row else {"max_epochs": 3}) | row]
+    rows = [usual | ({} if "max_steps" in each else {"max_epochs": 3}) | each for each in (row, *more)]
     return fine_tuning(manifest, folder, rows, **fixed, **sections)
 
 
@@ -112,7 +113,7 @@ def train(config: Config, *, loop: bool) -> Left:
             results = run_phases(job, plans)
     else:
         results = run_phases(job, plans)
-    files = PhaseFiles(config.run_dir / "checkpoints" / "head")
+    files = PhaseFiles(config.run_dir / "checkpoints" / plans[-1].phase.name)
     last = files.read_last()
     assert last is not None
     return Left(results, metric_rows(config), load_file(files.folder / "final.safetensors"), last)

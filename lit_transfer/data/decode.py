@@ -203,7 +203,7 @@ def _header(data: bytes) -> Image.Image:
 
 def _is_for_jpeg(header: Image.Image, data: bytes) -> bool:
     # MPO: several JPEGs in one file, the picture first; how many phones and cameras save.
-    return header.format in ("JPEG", "MPO") and header.mode in ("L", "RGB") and jpeg.is_readable(data, header.size)
+    return header.format in ("JPEG", "MPO") and jpeg.is_readable(data, header.size)
 
 
 def _resized(pixels: NDArray[np.uint8], height: int, width: int, interpolation: str) -> NDArray[np.uint8]:

@@ -36,7 +36,7 @@ class ShardReader:
     def read(self, row: int) -> bytes:
         """The image member of a manifest row, as packed.
 
-        What is wrong in a cached shard, or came wrong over the network, is fetched once more.
+        What is wrong is read once more, from a file that is opened or fetched anew.
 
         Raises:
             DamagedSample: the bytes are not those that were packed.
@@ -48,11 +48,8 @@ class ShardReader:
             if hashlib.sha256(data).digest() == self._hash[row].as_py():
                 return data
             self._discard(shard)
-            address = self._manifest.shard_address(shard)
-            if not reach.is_remote(address):
-                break
         reason = f"its {size} bytes (row {row}) are not those that were packed"
-        raise DamagedSample(reach.shown(address), start, reason)
+        raise DamagedSample(reach.shown(self._manifest.shard_address(shard)), start, reason)
 
     def place(self, row: int) -> tuple[str, int]:
         """The address of a row's shard, fit to be shown, and the offset of its image there."""

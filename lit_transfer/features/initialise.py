@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from lit_transfer.config import Config
+from lit_transfer.data.decode import Preprocessing
+from lit_transfer.data.streams import Samples
 from lit_transfer.errors import require
 from lit_transfer.features.classifiers import CLASSIFIERS, linear_of
 from lit_transfer.features.fitting import Choosing, FittedClassifier, Training, check_targets, fit_classifier
+from lit_transfer.features.table import block_vectors, sound_places
+from lit_transfer.model.network import Network
 
 _FOLDS = 5
 
@@ -30,6 +35,34 @@ class LinearStart:
     weight: Tensor
     bias: Tensor
     record: list[dict[str, Any]]
+
+    @torch.no_grad()
+    def put_into(self, head: nn.Module) -> None:
+        """Give the last layer of a head of one linear layer these values; mutates it."""
+        layer = head.get_submodule("logits")
+        assert isinstance(layer, nn.Linear) and layer.weight.shape == self.weight.shape
+        layer.weight.copy_(self.weight)
+        assert layer.bias is not None
+        layer.bias.copy_(self.bias)
+
+
+def start_of_head(network: Network, config: Config, train: Samples, preprocessing: Preprocessing) -> LinearStart:
+    """The logistic regression on what the backbone gives for the plain training pictures; damaged ones are left out.
+
+    One rank calls it, before the first step; the network is where its backbone is to be run, and is not changed.
+
+    Raises:
+        UserError: as `fit_linear_head` and `block_vectors` do.
+    """
+    workers, progress = config.data.workers, config.trainer.progress
+    streams = {"train": train}
+    backbone, settings = network.backbone, config.activations
+    found = block_vectors(backbone, preprocessing, settings, streams, workers=workers, progress=progress)
+    vectors, damaged = found["train"]
+    sound = sound_places(len(train.rows), damaged)
+    rows = train.rows[sound.numpy()]
+    names, task = train.manifest.classes(config.data.label), train.manifest.task
+    return fit_linear_head(task, vectors[sound], train.targets[rows], train.weights[rows], names, config.seed)
 
 
 def fit_linear_head(

@@ -125,7 +125,7 @@ def _computed(
 
 def mean_norms(blocks: Sequence[Vectors]) -> Tensor:
     """The mean norm of the vectors of each block over the sound samples of a stream, fp32 [blocks]; 1 for zeros."""
-    norms = torch.stack([values[_sound(len(values), damaged)].norm(dim=1).mean() for values, damaged in blocks])
+    norms = torch.stack([values[sound_places(len(values), damaged)].norm(dim=1).mean() for values, damaged in blocks])
     return torch.where(norms > 0, norms, 1.0)
 
 
@@ -144,12 +144,12 @@ def combine(name: str, samples: Samples, blocks: Sequence[Vectors], norms: Tenso
             name, [{"key": table["key"][row].as_py(), "address": address, "offset": offset, "reason": reason}]
         )
     quarantine.count(name, 0, len(damaged), len(samples.rows))
-    sound = _sound(len(samples.rows), damaged)
+    sound = sound_places(len(samples.rows), damaged)
     require(len(sound) > 0, f"no picture of data.{name} can be decoded; see {quarantine.path}.")
     values = torch.cat([values[sound] / norm for (values, _), norm in zip(blocks, norms, strict=True)], dim=1)
     return Features(samples, samples.rows[sound.numpy()], values)
 
 
-def _sound(count: int, damaged: Mapping[int, str]) -> Tensor:
+def sound_places(count: int, damaged: Mapping[int, str]) -> Tensor:
     """The places of samples that are not damaged."""
     return torch.tensor([place for place in range(count) if place not in damaged], dtype=torch.int64)

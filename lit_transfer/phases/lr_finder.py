@@ -251,5 +251,5 @@ def axis_of(plan: PhasePlan) -> tuple[str, float]:
 
 def config_rates(phase: Phase, factor: float) -> dict[str, float]:
     """The rates that a phase's config gives, times a factor: `lr` and `backbone_lr`, or those of its patterns."""
-    given = {"lr": phase.lr, "backbone_lr": phase.backbone_lr} | (phase.patterns or {})
+    given = {"lr": phase.head_lr, "backbone_lr": phase.backbone_lr} | (phase.patterns or {})
     return {key: rate * factor for key, rate in given.items() if rate is not None}

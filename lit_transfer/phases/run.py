@@ -31,7 +31,7 @@ from lit_transfer.model.ema import Ema
 from lit_transfer.model.memory import peak_memory_mib, reset_peak_memory
 from lit_transfer.model.module import Stopped, TransferModule
 from lit_transfer.phases.checkpoint import PhaseFiles, PhaseResult
-from lit_transfer.phases.features import in_memory
+from lit_transfer.phases.features import Features, in_memory
 from lit_transfer.phases.heads import require_features, train_heads, why_not_looped
 from lit_transfer.phases.job import Job, Setup
 from lit_transfer.phases.optim import build_optimizer
@@ -132,15 +132,16 @@ def _train_on_features(
     reason = why_not_looped(plan.phase, job.network)
     if reason is None and stored.cut < len(job.network.backbone.stages):
         reason = "the phase does not read the output of the whole backbone from the store"
-    features = None
-    if reason is None and trainer.is_global_zero:
+    features: dict[str, Features] | None = None
+    if reason is None and trainer.is_global_zero:  # which trains alone
         features = in_memory(stored.streams, trainer.strategy.root_device)
     if reason is None and not trainer.strategy.broadcast(features is not None):
         reason = "they do not fit into memory"
     if reason is not None:
         require_features(plan.phase, reason)
         return False
-    train_heads(module, steps, features and features["train"], features and features.get("val"))
+    of_streams = features or {}
+    train_heads(module, steps, of_streams.get("train"), of_streams.get("val"))
     return True
 
 

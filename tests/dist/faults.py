@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -10,7 +11,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from lit_transfer.activations import build, shelf
+from lit_transfer.activations.costs import Decision
+from lit_transfer.activations.shelf import Shelf
 from lit_transfer.model import module
+from lit_transfer.phases import choice
 from lit_transfer.phases.checkpoint import PhaseFiles
 from lit_transfer.phases.steps import Steps
 
@@ -46,8 +51,37 @@ def disagree() -> list[pl.Callback]:
     return []
 
 
+def small_parts() -> list[pl.Callback]:
+    """Parts of 16 records, each written so slowly that no rank can do all of them."""
+    write = Shelf.write
+
+    def write_slowly(*arguments: Any) -> None:
+        time.sleep(0.2)
+        write(*arguments)
+
+    shelf.ROWS_PER_PART = build.ROWS_PER_PART = 16
+    Shelf.write = write_slowly  # type: ignore[method-assign]
+    return []
+
+
+def full_disk() -> list[pl.Callback]:
+    """Rank 1 has no room on its disk, where storing would pay."""
+
+    def write(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    choice._WORTH_MEASURING_S = 0.0
+    Decision.pays = True  # type: ignore[assignment,method-assign]
+    shelf.ROWS_PER_PART = build.ROWS_PER_PART = 16
+    if os.environ.get("LOCAL_RANK") == "1":
+        Shelf.write = write  # type: ignore[method-assign]
+    return []
+
+
 FAULTS: dict[str, Callable[[], list[pl.Callback]]] = {
     "none": list,
     "drift": lambda: [Drift()],
     "disagree": disagree,
+    "small_parts": small_parts,
+    "full_disk": full_disk,
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import threading
 import time
 from dataclasses import asdict
@@ -15,6 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from shelves import STORE_BYTES as SIZE
+from shelves import STORE_RECORDS as RECORDS
+from shelves import about, cuts, filled, open_shelf
 
 from lit_transfer.activations import lease, store
 from lit_transfer.activations.lease import Holder
@@ -22,38 +24,13 @@ from lit_transfer.activations.sharing import ABOUT
 from lit_transfer.activations.shelf import Shelf
 from lit_transfer.activations.store import ActivationStore, default_folder
 from lit_transfer.errors import UserError
-from lit_transfer.launch.store import main, spans
 
 TIMEOUT_S = 0.5
-RECORDS = 300
-SIZE = 8 * RECORDS * 4
 
 
 @pytest.fixture
 def kept(tmp_path: Path) -> ActivationStore:
     return ActivationStore(tmp_path / "store", limit_bytes=10**9, timeout_s=TIMEOUT_S)
-
-
-def about(name: str) -> dict[str, Any]:
-    return {"content": {"backbone": "timm/net", "cut": name, "dataset": "d" * 64, "view": "d4", "element": 3}}
-
-
-def open_shelf(kept: ActivationStore, name: str) -> Shelf:
-    return kept.shelf(about(name), records=RECORDS, shape=(6,), dtype=torch.float32)
-
-
-def filled(kept: ActivationStore, name: str, used_s: float | None = None) -> Shelf:
-    """A complete shelf that was last used at a time."""
-    made = open_shelf(kept, name)
-    for part in made.missing():
-        made.write(part, torch.ones(min(256, RECORDS - part * 256), 6), {})
-    if used_s is not None:
-        os.utime(made.folder / ABOUT, (used_s, used_s))
-    return made
-
-
-def cuts(kept: ActivationStore) -> list[str]:
-    return [shelf.description["content"]["cut"] for shelf in kept.shelves()]
 
 
 def foreign_lease(shelf: Shelf, name: str) -> None:
@@ -147,6 +124,19 @@ def test_a_full_disk_needs_room_too(kept: ActivationStore, monkeypatch: pytest.M
     assert kept.make_room(SIZE) and cuts(kept) == ["b"]
 
 
+def test_a_shelf_that_is_not_ours_to_remove_stays(kept: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(kept, "a")
+    for number in (errno.EACCES, errno.ENOSPC):
+
+        def refused(*_: object, number: int = number) -> int:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(lease.os, "open", refused)
+            assert kept.prune(unused_s=0) == [] and not ActivationStore(kept.folder, limit_bytes=0).make_room(1)
+    assert cuts(kept) == ["a"]
+
+
 def test_what_others_still_add_is_promised(kept: ActivationStore) -> None:
     half = open_shelf(kept, "half")
     before = kept.free_bytes()
@@ -169,6 +159,8 @@ def test_another_hosts_use_is_watched_before_it_counts_as_over(kept: ActivationS
     start = time.monotonic()
     assert [shelf for shelf, _ in kept.prune(unused_s=0)] == [made]
     assert time.monotonic() - start >= TIMEOUT_S
+    foreign_lease(filled(kept, "b"), "user-y.lease")
+    assert ActivationStore(kept.folder, SIZE, timeout_s=TIMEOUT_S).make_room(SIZE) and cuts(kept) == []
 
 
 def test_another_hosts_use_that_goes_on_is_respected(kept: ActivationStore) -> None:
@@ -255,80 +247,3 @@ def test_prune(kept: ActivationStore, asked: dict[str, Any], left: str) -> None:
 def test_the_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     assert default_folder() == Path("/cache/lit_transfer/activations")
-
-
-def command(kept: ActivationStore, *arguments: str) -> int:
-    return main([*arguments, "--folder", str(kept.folder)])
-
-
-def test_list(kept: ActivationStore, capsys: pytest.CaptureFixture[str]) -> None:
-    made = filled(kept, "layer3", used_s=1.0)
-    half = open_shelf(kept, "layer4")
-    with half.in_use():
-        assert command(kept, "list") == 0
-    words = [re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines()]
-    assert words[0][:7] == ["shelf", "backbone", "cut", "dataset", "view", "type", "records"]
-    first, second = (dict(zip(words[0], row, strict=True)) for row in words[2:])
-    assert first | {"MB": "", "last used": ""} == {
-        **{"shelf": made.key[:12], "backbone": "timm/net", "cut": "layer3", "dataset": "d" * 12, "view": "d4/3"},
-        **{"type": "float32", "records": "300", "MB": "", "parts": "2/2", "last used": "", "in use": "no"},
-        **{"wasted": "0", "corrupted": "0"},
-    }
-    assert (second["cut"], second["parts"], second["in use"]) == ("layer4", "0/2", "yes")
-
-
-def test_verify_says_what_is_wrong_and_removes_it_if_asked(
-    kept: ActivationStore, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sound, made, stray = filled(kept, "sound"), filled(kept, "wrong"), filled(kept, "stray")
-    assert command(kept, "verify") == 0 and "as it was written: 6 parts" in capsys.readouterr().out
-    data = bytearray((made.folder / "part-00001.safetensors").read_bytes())
-    for place in (3, 10, 11, 12):
-        data[len(data) - 24 * (44 - place)] ^= 1
-    (made.folder / "part-00001.safetensors").write_bytes(data)
-    (stray.folder / ABOUT).write_text("{}")
-    assert command(kept, "verify") == 1
-    said = capsys.readouterr().out
-    assert f"{made.key[:12]}     1  259, 266-268" in said and stray.key[:12] in said and "--remove" in said
-    assert sound.key[:12] not in said and made.missing() == []
-    assert command(kept, "verify", "--remove") == 1
-    assert made.missing() == [1] and kept.strays() == [] and made.counts()["corrupted_records"] == 4
-    assert command(kept, "verify") == 0
-
-
-def test_prune_prints_what_it_removed(kept: ActivationStore, capsys: pytest.CaptureFixture[str]) -> None:
-    old = filled(kept, "old", used_s=time.time() - 3 * 86400)
-    with filled(kept, "new").in_use():
-        assert command(kept, "prune", "--unused_days", "2") == 0
-        said = capsys.readouterr().out
-        assert old.key[:12] in said and "removed 1 shelves, 0.0 MB; 1 are in use" in said and cuts(kept) == ["new"]
-        assert command(kept, "prune", "--all") == 0 and cuts(kept) == ["new"]
-    assert command(kept, "prune", "--limit_gb", "1") == 0 and cuts(kept) == ["new"]
-    assert command(kept, "prune", "--limit_gb", "0") == 0 and cuts(kept) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["prune"], "needs one of --limit_gb N, --unused_days N and --all"),
-        (["prune", "--all", "--limit_gb", "1"], "needs one of"),
-        (["prune", "--limit_gb", "-1"], "-1.0 is negative"),
-        (["prun"], "invalid choice: 'prun'"),
-        (["prune", "--unused_days", "x"], "invalid float value: 'x'"),
-    ],
-    ids=str,
-)
-def test_a_command_that_makes_no_sense(kept: ActivationStore, arguments: list[str], sentence: str) -> None:
-    kept.folder.mkdir()
-    with pytest.raises(UserError, match=re.escape(sentence)):
-        command(kept, *arguments)
-
-
-def test_a_folder_that_is_not_there(kept: ActivationStore) -> None:
-    with pytest.raises(UserError, match="is not there; runs make it"):
-        command(kept, "list")
-
-
-@pytest.mark.parametrize(("places", "text"), [([1], "1"), ([1, 2, 3], "1-3"), ([0, 2, 3, 9], "0, 2-3, 9")])
-def test_spans(places: list[int], text: str) -> None:
-    assert spans(places) == text

@@ -12,7 +12,7 @@ from lit_transfer.config import Augment, Image
 from lit_transfer.data.decode import Preprocessing
 from lit_transfer.data.loading import DRAWS
 from lit_transfer.data.plan import uniforms
-from lit_transfer.model.augment import affine, colours, eval_input, mix, scaled, settle_image, train_input
+from lit_transfer.model.augment import affine, colours, eval_input, mix, normalise, scaled, settle_image, train_input
 
 PLAIN = Preprocessing(
     size=32, canvas=32, fit="crop", interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
@@ -48,6 +48,15 @@ def drawn(count: int, **places: float) -> Tensor:
 
 def augmented(canvas: Tensor, uniform: Tensor, preprocessing: Preprocessing = PLAIN, **settings: Any) -> Tensor:
     return train_input(canvas, uniform, Augment(**settings), preprocessing)
+
+
+def test_normalising_leaves_its_argument_and_takes_any_memory_format() -> None:
+    images = torch.rand(2, 3, 5, 7)
+    before, mean, std = images.clone(), torch.tensor(WIDE.mean).view(3, 1, 1), torch.tensor(WIDE.std).view(3, 1, 1)
+    for given in (images, images.contiguous(memory_format=torch.channels_last)):
+        found = normalise(given, WIDE)
+        assert torch.equal(found, (before - mean) / std) and torch.equal(given, before)
+        assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_eval_input_is_the_normalised_middle() -> None:

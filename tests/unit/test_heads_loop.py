@@ -45,11 +45,12 @@ class Case:
 
 
 SGD = {"optimizer": "sgd", "momentum": 0.9}
+ALLOWED = {"max_bad_fraction": 0.9}
 CASES = {
     "adamw": Case({"weight_decay": 0.1, "schedule": "warmup_cosine", "warmup_steps": 2}),
     "one_cycle": Case({"schedule": "one_cycle", **SGD, "lr": 0.1}),
     "clip": Case({"clip_norm": 0.01, **SGD, "lr": 1.0}),
-    "three_parts": Case({"accumulate": 3, "clip_norm": 0.5}),
+    "three_parts": Case({"accumulate": 3, "clip_norm": 0.5, "global_batch": 10}),  # fp32: 1 / 3 / 10 * 3 is not 1 / 10
     "ema_best": Case({"ema_decay": 0.7, "restore_best": True, "validate_every_steps": 1, **SGD, "lr": 3.0}),
     "until": Case({"until": {"metric": "val/loss", "patience": 1, "min_delta": 1e6}, "ema_decay": 0.5}),
     "plateau": Case(
@@ -72,13 +73,9 @@ CASES = {
     "ordinal": Case({}, task="ordinal"),
     "regression": Case({**SGD, "lr": 1e-4}, task="regression", sections={"monitor": "val/rmse"}),
     "no_validation": Case({"max_steps": 5}, sections={"data": {"val": None}}),
-    "damaged": Case({"accumulate": 2}, damaged=True, sections={"data": {"max_bad_fraction": 0.9}}),
-    "damaged_balance": Case(
-        {}, damaged=True, sections={"data": {"max_bad_fraction": 0.9, "order": {"balance": "classes"}}}
-    ),
-    "damaged_multilabel": Case(
-        {"accumulate": 2}, task="multilabel", damaged=True, sections={"data": {"max_bad_fraction": 0.9}}
-    ),
+    "damaged": Case({"accumulate": 2}, damaged=True, sections={"data": ALLOWED}),
+    "damaged_balance": Case({}, damaged=True, sections={"data": ALLOWED | {"order": {"balance": "classes"}}}),
+    "damaged_multilabel": Case({"accumulate": 2}, task="multilabel", damaged=True, sections={"data": ALLOWED}),
 }
 
 
@@ -106,13 +103,21 @@ def test_the_loop_gives_the_trainers_weights_curves_and_checkpoint(
     assert ours.last["quarantine"] == theirs.last["quarantine"] or not case.damaged
 
 
+def test_a_second_phase_takes_the_epochs_and_steps_of_the_run(
+    manifests: dict[tuple[str, bool], Manifest], tmp_path: Path
+) -> None:
+    second = {"name": "second", "max_steps": 5}
+    config = config_of(manifests["multiclass", True], tmp_path, {}, second, head={"dropout": 0.5}, data=ALLOWED)
+    assert_same_runs(train(replace(config, name="looped"), loop=True), train(config, loop=False))
+
+
 @pytest.mark.parametrize("loops", [(True, True), (True, False), (False, True)], ids=str)
 def test_a_stopped_phase_goes_on_to_the_same_bits_by_loop_or_trainer(
     loops: tuple[bool, bool], manifests: dict[tuple[str, bool], Manifest], tmp_path: Path
 ) -> None:
     row = {"ema_decay": 0.7, "restore_best": True, "schedule": "warmup_cosine", "mixup": 0.5}
     dropout = {"dropout": 0.3}
-    config = config_of(manifests["multiclass", True], tmp_path, row, head=dropout, data={"max_bad_fraction": 0.9})
+    config = config_of(manifests["multiclass", True], tmp_path, row, head=dropout, data=ALLOWED)
     straight = train(replace(config, name="straight"), loop=True)
     stopped(config, 5, loop=loops[0])  # in the second epoch of 4 steps
     assert_same_runs(train(config, loop=loops[1]), straight)
@@ -123,7 +128,7 @@ def test_an_epoch_may_be_gathered_in_parts(
     stretch_bytes: int, manifests: dict[tuple[str, bool], Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one step, of two, and the whole; what is gathered is counted as waiting for data."""
-    config = config_of(manifests["multiclass", True], tmp_path, {}, data={"max_bad_fraction": 0.9})
+    config = config_of(manifests["multiclass", True], tmp_path, {}, data=ALLOWED)
     whole = train(replace(config, name="whole"), loop=True)
     gathered: list[int] = []
     gather = Features.gather
@@ -169,12 +174,14 @@ def test_minutes_end_a_phase_at_a_step_which_is_validated(
     assert [row["step"] for row in left.rows if row["val/loss"]] == ["1"]
 
 
+@pytest.mark.parametrize("every_steps", [None, 2])
 def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved_that_came_of_it(
-    manifests: dict[tuple[str, bool], Manifest], tmp_path: Path
+    every_steps: int | None, manifests: dict[tuple[str, bool], Manifest], tmp_path: Path
 ) -> None:
-    """It is looked at seldom: where the curves have a row, and here that is the end of an epoch of 4 steps."""
+    """It is looked at where the curves have a row, as at the end of an epoch of 4 steps, and before a checkpoint."""
     wild = {"optimizer": "sgd", "lr": 1e30, "max_epochs": 2}
-    config = config_of(manifests["regression", False], tmp_path, wild, checkpoint={"every_minutes": None})
+    checkpoint = {"every_minutes": None, "every_steps": every_steps}
+    config = config_of(manifests["regression", False], tmp_path, wild, checkpoint=checkpoint)
     job, plans = prepared(replace(config, trainer=replace(config.trainer, log_every_steps=5)))
     said = r"^train/loss is (inf|nan) at step [12]; lower the phase's learning rates\.$"
     with looped(job), pytest.raises(LossNotFinite, match=said):

@@ -61,29 +61,42 @@ def test_grey_pictures(size: tuple[int, int]) -> None:
 
 
 def test_the_first_of_several_pictures_in_a_file() -> None:
-    file = io.BytesIO()
-    small = PHOTO.resize((60, 40))
+    file, small = io.BytesIO(), PHOTO.resize((60, 40))
     small.save(file, "MPO", save_all=True, append_images=[small.rotate(180)])
     data = file.getvalue()
     assert_pillows(data)
     assert not is_plain(open_picture(data), data)
+    scan = data.index(b"\xff\xda")
+    damaged = data[: scan + 200] + b"\xff\xd0" + data[scan + 202 :]  # a marker where none belongs
+    assert of_pillow(damaged).shape == (40, 60, 3)
+    with pytest.raises(DecodeError, match="Corrupt JPEG data"):
+        open_rgb(damaged)
 
 
-def in_three_to_one_sampling() -> bytes:
-    """Grey, 24 x 8 pixels, three samples of brightness for one of each colour: a kind that Pillow cannot write."""
-    data = encoded(Image.new("RGB", (24, 8), (128, 128, 128)), subsampling=0)
+def in_sampling(horizontal: int, vertical: int) -> bytes:
+    """One block of each colour for so many of brightness, all grey: kinds that Pillow reads and cannot write."""
+    size = (8 * horizontal, 8 * vertical)
+    data = encoded(Image.new("RGB", size, (128, 128, 128)), subsampling=0)
     frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
     assert data[frame + 11] == 0x11 and data[scan + 4] == 3
-    header = data[: frame + 11] + b"\x31" + data[frame + 12 : scan + 14]
-    one_table = header[: scan + 6] + b"\0" + header[scan + 7 : scan + 8] + b"\0" + header[scan + 9 : scan + 10] + b"\0"
-    blocks = int("001010" * 5 + "11", 2).to_bytes(4, "big")  # each: no change of the mean, and no more of the block
-    return one_table + header[scan + 11 :] + blocks + b"\xff\xd9"
+    head = bytearray(data[: scan + 14])
+    head[frame + 11] = 16 * horizontal + vertical
+    head[scan + 6] = head[scan + 8] = head[scan + 10] = 0  # one code table for all
+    bits = "001010" * (horizontal * vertical + 2)  # of each block: the mean stays, and there is no more
+    bits += "1" * (-len(bits) % 8)
+    return bytes(head) + int(bits, 2).to_bytes(len(bits) // 8, "big") + b"\xff\xd9"
 
 
-def test_kinds_that_are_left_to_pillow() -> None:
-    rare = in_three_to_one_sampling()
-    assert not jpeg.is_readable(rare, (24, 8))
-    assert (np.asarray(open_rgb(rare)) == 128).all()
+@pytest.mark.parametrize("sampling", [(3, 1), (1, 4), (4, 2)])
+def test_samplings_that_are_left_to_pillow(sampling: tuple[int, int]) -> None:
+    rare = in_sampling(*sampling)
+    size = (8 * sampling[0], 8 * sampling[1])
+    assert not jpeg.is_readable(rare, size)
+    image = open_rgb(rare)
+    assert image.size == size and (np.asarray(image) == 128).all()
+
+
+def test_what_else_is_left_to_pillow() -> None:
     cmyk = encoded(PHOTO.resize((16, 16)).convert("CMYK"))
     assert not jpeg.is_readable(cmyk, (16, 16))
     assert decode(cmyk, preprocessing(16)).shape == (3, 16, 16)
@@ -164,11 +177,14 @@ def test_a_side_that_is_shorter_than_the_divisor_keeps_a_pixel() -> None:
     assert jpeg.read(encoded(PHOTO.resize((640, 3))), (640, 3), divisor=8).shape == (1, 80, 3)
 
 
-@pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
-@pytest.mark.parametrize(("canvas", "divisor"), [(100, 2), (50, 4), (25, 8)])
+SMALL = [("crop", 79, 2), ("crop", 50, 4), ("crop", 25, 8), ("squash", 79, 2), ("squash", 25, 8)]
+SMALL_PADDED = [("pad", 100, 2), ("pad", 79, 4), ("pad", 39, 8)]
+
+
+@pytest.mark.parametrize(("fit", "canvas", "divisor"), [*SMALL, *SMALL_PADDED])
 @pytest.mark.parametrize("size", [(640, 424), (637, 421)])
 def test_a_large_picture_decoded_small_is_almost_the_same(
-    size: tuple[int, int], canvas: int, divisor: int, fit: str
+    size: tuple[int, int], fit: str, canvas: int, divisor: int
 ) -> None:
     data, how = encoded(PHOTO.crop((0, 0, *size)), quality=90), preprocessing(canvas, fit)
     small = to_canvas(jpeg.read(data, size, divisor=divisor), how)

@@ -15,6 +15,7 @@ from loops import assert_same, assert_same_runs, config_of, looped, stopped, tra
 from lit_transfer.config import Config
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.errors import UserError
+from lit_transfer.launch import main
 from lit_transfer.model.module import LossNotFinite, Stopped
 from lit_transfer.phases.run import run_phases
 from lit_transfer.phases.steps import StopSignal
@@ -201,3 +202,16 @@ def test_heads_need_validation_and_stored_features(
     with pytest.raises(UserError) as caught:
         prepared(config)
     assert str(caught.value) == said
+
+
+def test_a_plan_says_which_heads_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = "{manifest: nowhere, split: train}"
+    (tmp_path / "heads.yaml").write_text(
+        f"name: heads\ndata: {{train: {stream}, val: {stream}}}\nmodel: {{backbone: timm/test_resnet, weights: none}}\n"
+        "phases: [{name: a, max_epochs: 1, heads: {lr: [0.1, 0.001], seeds: [1, 2, 3]}}]\ntrainer: {accelerator: cpu}\n"
+    )
+    assert main(["plan", "--config", str(tmp_path / "heads.yaml"), "--samples", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert "also in a: 6 heads at once on stored features: lr 0.1 0.001, seeds 1 2 3\n" in printed
+    (row,) = [line for line in printed.splitlines() if line.startswith("a  ") and "constant" in line]
+    assert "0.001 to 0.1" in row

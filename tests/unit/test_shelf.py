@@ -7,56 +7,24 @@ import json
 import os
 import pickle
 import resource
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
-from torch._utils import ExceptionWrapper
+from shelves import DESCRIPTION, fill, names, new_shelf, path, rows, values
 
 from lit_transfer.activations import part as part_file
 from lit_transfer.activations.contents import Contents, read_contents
-from lit_transfer.activations.part import CorruptRecord
-from lit_transfer.activations.shelf import ROWS_PER_PART, Shelf
+from lit_transfer.activations.shelf import Shelf
 from lit_transfer.errors import UserError
-
-ABOUT = {"content": {"cut": "layer3"}, "recipe": {"batch": 32}}
-
-
-def shelf(folder: Path, records: int = 600, shape: tuple[int, ...] = (3,), dtype: torch.dtype = torch.float32) -> Shelf:
-    return Shelf(folder, Contents(ABOUT, records, shape, dtype))
-
-
-def values(shelf: Shelf) -> Tensor:
-    numbers = torch.randn(shelf.records, *shelf.shape, generator=torch.Generator().manual_seed(0))
-    return (numbers * 100).to(shelf.dtype)
-
-
-def rows(shelf: Shelf, part: int) -> Tensor:
-    return values(shelf)[part * ROWS_PER_PART : (part + 1) * ROWS_PER_PART]
-
-
-def fill(shelf: Shelf) -> Shelf:
-    for part in shelf.missing():
-        shelf.write(part, rows(shelf, part), {})
-    return shelf
-
-
-def path(shelf: Shelf, part: int) -> Path:
-    return shelf.folder / f"part-{part:05d}.safetensors"
-
-
-def names(shelf: Shelf) -> list[str]:
-    return sorted(p.name for p in shelf.folder.iterdir() if p.name[:3] not in ("log", "she"))
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Shelf:
     """One part of 3 records; the second is damaged."""
-    made = shelf(tmp_path, 3, (2,))
+    made = new_shelf(tmp_path, 3, (2,))
     numbers = values(made)
     numbers[1] = 0
     made.write(0, numbers, {1: "cannot be decoded"})
@@ -66,7 +34,7 @@ def small(tmp_path: Path) -> Shelf:
 @pytest.mark.parametrize("dtype", part_file.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (5,), (3, 1, 7)], ids=str)
 def test_records_are_what_was_written(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    made = shelf(tmp_path, 600, shape, dtype)
+    made = new_shelf(tmp_path, 600, shape, dtype)
     assert (made.parts, made.missing(), made.missing_records()) == (3, [0, 1, 2], 600)
     assert fill(made).missing() == [] and made.missing_records() == 0
     whole = made.load()
@@ -80,7 +48,7 @@ def test_records_are_what_was_written(tmp_path: Path, shape: tuple[int, ...], dt
 
 
 def test_values_in_another_memory_order_and_not_a_number(tmp_path: Path) -> None:
-    made = shelf(tmp_path, 4, (2, 3, 3))
+    made = new_shelf(tmp_path, 4, (2, 3, 3))
     given = values(made).contiguous(memory_format=torch.channels_last)
     given[1, 0, 0, 0], given[2, 1, 1, 1] = float("nan"), float("inf")
     made.write(0, given, {})
@@ -96,129 +64,8 @@ def test_a_part_is_a_safetensors_file(small: Shelf) -> None:
         }
 
 
-def test_a_damaged_sample_says_why(small: Shelf) -> None:
-    assert [small.damaged(place) for place in range(3)] == [None, "cannot be decoded", None]
-
-
-def test_a_list_of_damages_longer_than_one_read(tmp_path: Path) -> None:
-    made = shelf(tmp_path, 256, (2,))
-    given = {row: "x" * 100 for row in range(256)}
-    made.write(0, values(made), given)
-    assert made.damaged(255) == "x" * 100 and torch.equal(made.load(), values(made))
-
-
-def test_no_changed_byte_goes_unseen(small: Shelf) -> None:
-    sound, expected = path(small, 0).read_bytes(), small.load()
-    for place in range(len(sound)):
-        for bit in (1, 128):
-            changed = bytearray(sound)
-            changed[place] ^= bit
-            path(small, 0).write_bytes(changed)
-            assert small.verify(0) != []
-            with pytest.raises(CorruptRecord, match=r"part-00000.safetensors is damaged: .*store verify --remove"):
-                assert small.damaged(1) == "cannot be decoded" and small.damaged(0) is None
-                assert torch.equal(small.load(), expected)
-                raise AssertionError(f"byte {place} does not matter")
-    path(small, 0).write_bytes(sound)
-    assert small.verify(0) == [] and torch.equal(small.load(), expected)
-
-
-def test_no_cut_goes_unseen(small: Shelf) -> None:
-    sound = path(small, 0).read_bytes()
-    for size in [*range(len(sound)), len(sound) + 1]:
-        path(small, 0).write_bytes((sound + b"0")[:size])
-        assert small.verify(0) == [0, 1, 2]
-        with pytest.raises(CorruptRecord):
-            small.read([0])
-
-
-def test_a_file_cut_off_while_it_is_open(small: Shelf) -> None:
-    small.load()
-    os.truncate(path(small, 0), path(small, 0).stat().st_size - 4)
-    with pytest.raises(CorruptRecord, match="is damaged: it has"):
-        small.load()
-
-
-def test_only_the_wrong_records_are_named(tmp_path: Path) -> None:
-    made = fill(shelf(tmp_path))
-    data = bytearray(path(made, 1).read_bytes())
-    for record in (3, 200):
-        data[len(data) - 12 * (256 - record)] ^= 4
-    path(made, 1).write_bytes(data)
-    assert made.verify(0) == [] and made.verify(1) == [259, 456]
-    assert torch.equal(made.read([258, 260]), values(made)[[258, 260]])
-    with pytest.raises(CorruptRecord, match="records 259 are not"):
-        made.read([258, 259])
-
-
-def test_parts_and_shelves_that_change_places(tmp_path: Path) -> None:
-    made, other = fill(shelf(tmp_path)), fill(shelf(tmp_path, 512))
-    shutil.copy(path(made, 0), path(made, 1))
-    assert made.verify(1) == [*range(256, 512)]
-    shutil.copy(path(other, 0), path(made, 0))
-    assert made.verify(0) == [*range(256)]
-
-
-def test_a_part_that_is_not_there(tmp_path: Path) -> None:
-    made = shelf(tmp_path)
-    made.write(0, rows(made, 0), {})
-    assert made.missing() == [1, 2] and made.missing_records() == 344 and made.verify(1) == []
-    with pytest.raises(CorruptRecord, match=r"part-00001.* it is not there") as raised:
-        made.read([0, 300])
-    assert raised.value.part == 1
-
-
-def test_too_many_open_files_are_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = fill(shelf(tmp_path))
-
-    def fails(number: int) -> None:
-        monkeypatch.setattr(part_file.os, "preadv", lambda *_: (_ for _ in ()).throw(OSError(number, "")))
-
-    fails(errno.EMFILE)
-    with pytest.raises(OSError):
-        made.discard(0)
-    assert made.missing() == []
-    fails(errno.EIO)
-    made.discard(0)
-    assert made.missing() == [0]
-
-
-def test_a_corrupted_part_is_removed_and_counted_and_built_again(tmp_path: Path) -> None:
-    made = fill(shelf(tmp_path))
-    made.discard(1)  # nothing is wrong, or another process has put it right
-    assert made.missing() == []
-    data = bytearray(path(made, 1).read_bytes())
-    data[-1] ^= 1
-    path(made, 1).write_bytes(data)
-    made.discard(1)
-    assert made.missing() == [1] and made.counts()["corrupted"] == made.counts()["corrupted_records"] == 1
-    assert torch.equal(fill(made).load(), values(made))
-    assert made.counts()["built"] == 4 and made.counts()["wasted"] == 0
-
-
-def test_what_another_process_put_right_is_read_anew(tmp_path: Path) -> None:
-    made = fill(shelf(tmp_path))
-    sound = path(made, 1).read_bytes()
-    path(made, 1).write_bytes(sound[:-1] + b"?")
-    with pytest.raises(CorruptRecord):
-        made.load()  # the file stays open
-    path(made, 1).unlink()
-    path(made, 1).write_bytes(sound)
-    assert torch.equal(made.load(), values(made))
-
-
-def test_a_part_that_is_being_built_is_not_removed(tmp_path: Path) -> None:
-    made = fill(shelf(tmp_path))
-    path(made, 0).write_bytes(b"")
-    claim = made.shared.hold("part-00000")
-    assert claim is not None
-    with claim:
-        made.discard(0)
-        assert made.missing() == []
-
-
 def test_the_second_of_two_builds_is_waste(tmp_path: Path) -> None:
-    made = fill(shelf(tmp_path))
+    made = fill(new_shelf(tmp_path))
     before = path(made, 0).stat()
     made.write(0, rows(made, 0), {})
     assert os.path.samestat(before, path(made, 0).stat())
@@ -227,7 +74,7 @@ def test_the_second_of_two_builds_is_waste(tmp_path: Path) -> None:
 
 
 def test_a_build_whose_unfinished_file_was_removed_is_waste(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, real = shelf(tmp_path), os.fsync
+    made, real = new_shelf(tmp_path), os.fsync
 
     def removed(descriptor: int) -> None:
         real(descriptor)
@@ -249,7 +96,7 @@ def no_more_than_1000_bytes() -> Iterator[None]:
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, no_more_than_1000_bytes: None) -> None:
-    made = shelf(tmp_path)
+    made = new_shelf(tmp_path)
     with pytest.raises(OSError) as raised:
         made.write(0, rows(made, 0), {})
     assert raised.value.errno == errno.EFBIG
@@ -257,7 +104,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, no_more_than_1000_byt
 
 
 def test_who_may_compute_a_part(tmp_path: Path) -> None:
-    made = shelf(tmp_path)
+    made = new_shelf(tmp_path)
     claim = made.claim(0)
     assert claim is not None and made.claim(0) is None
     made.write(0, rows(made, 0), {})
@@ -272,7 +119,7 @@ def test_who_may_compute_a_part(tmp_path: Path) -> None:
 
 
 def test_a_part_that_appears_between_two_looks_is_not_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, real = shelf(tmp_path), type(shelf(tmp_path).shared).hold
+    made, real = new_shelf(tmp_path), type(new_shelf(tmp_path).shared).hold
 
     def hold(shared: object, name: str) -> object:
         made.write(0, rows(made, 0), {})
@@ -284,7 +131,7 @@ def test_a_part_that_appears_between_two_looks_is_not_claimed(tmp_path: Path, mo
 
 
 def test_what_dead_builders_left_is_removed(tmp_path: Path) -> None:
-    made = shelf(tmp_path)
+    made = new_shelf(tmp_path)
     mine = made.claim(2)
     assert mine is not None
     for name in (".part-00000.0123.safetensors", ".part-00001.0123.safetensors", ".part-00002.0123.safetensors"):
@@ -306,25 +153,14 @@ def test_what_dead_builders_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_it_goes_to_other_processes(tmp_path: Path) -> None:
-    made = fill(shelf(tmp_path))
+    made = fill(new_shelf(tmp_path))
     made.read([0])
     again = pickle.loads(pickle.dumps(made))
     assert again == made and torch.equal(again.load(), values(made))
 
 
-def test_its_error_comes_through_a_worker(tmp_path: Path) -> None:
-    made = shelf(tmp_path)
-    try:
-        made.read([300])
-    except CorruptRecord:
-        wrapped = ExceptionWrapper(where="in a worker")
-    with pytest.raises(CorruptRecord, match=r"^/.*part-00001.safetensors is damaged") as raised:
-        wrapped.reraise()
-    assert raised.value.part == 1
-
-
 def test_a_torn_line_of_the_log_is_left_out(tmp_path: Path) -> None:
-    made = fill(shelf(tmp_path))
+    made = fill(new_shelf(tmp_path))
     (log,) = made.folder.glob("log-*.jsonl")
     (made.folder / "log-another.jsonl").write_text(log.read_text() + '{"event": "wasted", "par\n[]\n3\n')
     assert made.counts()["built"] == 6 and made.counts()["wasted"] == 0
@@ -334,7 +170,7 @@ def test_a_torn_line_of_the_log_is_left_out(tmp_path: Path) -> None:
 def test_who_may_write(tmp_path: Path, group_writable: bool) -> None:
     umask = os.umask(0o077)
     try:
-        made = Shelf(tmp_path / "team" / "store", Contents(ABOUT, 300, (2,), torch.float32), group_writable)
+        made = Shelf(tmp_path / "team" / "store", Contents(DESCRIPTION, 300, (2,), torch.float32), group_writable)
         fill(made)
         with made.in_use():
             found = {p.relative_to(tmp_path) for p in tmp_path.rglob("*")}
@@ -348,19 +184,19 @@ def test_who_may_write(tmp_path: Path, group_writable: bool) -> None:
 
 
 def test_the_key_is_all_that_the_records_are() -> None:
-    one = Contents(ABOUT, 3, (2,), torch.float32)
+    one = Contents(DESCRIPTION, 3, (2,), torch.float32)
     others = [
-        Contents({**ABOUT, "more": 1}, 3, (2,), torch.float32),
-        Contents(ABOUT, 4, (2,), torch.float32),
-        Contents(ABOUT, 3, (2, 1), torch.float32),
-        Contents(ABOUT, 3, (2,), torch.float16),
+        Contents({**DESCRIPTION, "more": 1}, 3, (2,), torch.float32),
+        Contents(DESCRIPTION, 4, (2,), torch.float32),
+        Contents(DESCRIPTION, 3, (2, 1), torch.float32),
+        Contents(DESCRIPTION, 3, (2,), torch.float16),
     ]
     assert len({each.key for each in [one, *others]}) == 5
-    assert one.key == Contents(dict(reversed(ABOUT.items())), 3, (2,), torch.float32).key
+    assert one.key == Contents(dict(reversed(DESCRIPTION.items())), 3, (2,), torch.float32).key
 
 
 def test_what_a_shelf_says_of_itself(tmp_path: Path) -> None:
-    made = fill(shelf(tmp_path))
+    made = fill(new_shelf(tmp_path))
     assert read_contents(made.folder) == made.contents and read_contents(tmp_path / "nothing") is None
     sound = (made.folder / "shelf.json").read_text()
     for wrong in (sound.replace("600", "601"), sound.replace("layer3", "layer4"), sound[:20], "[]", "null"):
@@ -371,4 +207,4 @@ def test_what_a_shelf_says_of_itself(tmp_path: Path) -> None:
 
 def test_a_type_that_cannot_be_stored() -> None:
     with pytest.raises(UserError, match=r"records of torch.int64 cannot be stored; use one of float64, float32"):
-        Contents(ABOUT, 3, (2,), torch.int64)
+        Contents(DESCRIPTION, 3, (2,), torch.int64)

@@ -90,7 +90,7 @@ def test_d4_counts_what_training_draws() -> None:
     assert d4_elements(uniform, Augment()).unique().tolist() == [0]
 
 
-@pytest.mark.parametrize("augment", [FLIPS, ROTATES], ids=["flips", "rotates"])
+@pytest.mark.parametrize("augment", [FLIPS, ROTATES, Augment(saturation=0.5)], ids=["flips", "rotates", "colours"])
 def test_a_count_gives_the_pictures_of_the_first_epochs_in_turn(augment: Augment) -> None:
     views, canvas = made(3, augment, range(8)), canvases(PREPROCESSING)
     for epoch in range(8):
@@ -142,11 +142,11 @@ def test_views_reach_a_worker(setting: Any) -> None:
 
 
 def test_what_cannot_be_stored_says_why() -> None:
-    given = train_views(None, FLIPS, PREPROCESSING, SEED, range(1))
-    assert given == (
-        "augment draws new pictures each epoch, which cannot be stored; set activations.views to a count or d4, or "
-        "augment_strength 0 in this phase"
-    )
+    for augment in (FLIPS, Augment(contrast=0.1)):
+        assert train_views(None, augment, PREPROCESSING, SEED, range(1)) == (
+            "augment draws new pictures each epoch, which cannot be stored; set activations.views to a count or d4, or "
+            "augment_strength 0 in this phase"
+        )
     for more in ({"shift": 0.1}, {"brightness": 0.1}, {"rotate_degrees": 3}, {"crop_area": 0.5}):
         given = train_views("d4", replace(FLIPS, **more), PREPROCESSING, SEED, range(1))
         assert isinstance(given, str) and "augment has more" in given

@@ -1,0 +1,65 @@
+"""The table of figures in `benchmarks/README.md` is what the files of results give."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+CPU, GPU = "cpu-some-2-cores", "some-gpu"
+
+
+@pytest.fixture(scope="module")
+def table() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_table", BENCHMARKS / "table.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where a dataclass looks for its annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def write(folder: Path, name: str, machine: str, ratios: dict[str, float]) -> None:
+    result = {"hardware": machine, "versions": {}, "ratios": ratios}
+    (folder / f"{name}-{machine}.json").write_text(json.dumps(result))
+
+
+def cells(text: str, name: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if f"`[{name}]`" in line]
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def test_the_page_is_what_the_results_give(table: ModuleType) -> None:
+    page = (BENCHMARKS / "README.md").read_text()
+    assert page == table.with_table(page, BENCHMARKS / "results"), "run `python benchmarks/table.py`"
+
+
+def test_files_of_a_machine_share_a_column_and_missed_aims_are_told(table: ModuleType, tmp_path: Path) -> None:
+    write(tmp_path, "store", CPU, {"stored_epoch": 812.3, "loop_over_bare": 1.2612, "peak_memory": 0.9})
+    write(tmp_path, "elpv", CPU, {"elpv_auroc": 0.9442})
+    write(tmp_path, "store", GPU, {"stored_epoch": 99.9, "loop_over_bare": 1.2499})
+    text = table.table(tmp_path)
+    assert text.splitlines()[0] == f"|  | aim, CPU | aim, GPU | {CPU} | {GPU} |"
+    assert cells(text, "stored_epoch") == ["500 or more", "100 or more", "812.3", "99.90 (missed)"]
+    assert cells(text, "loop_over_bare") == ["1.25 or less", "1.25 or less", "1.261 (missed)", "1.250"]
+    assert cells(text, "peak_memory") == ["reported", "reported", "0.9000", "not measured"]
+    assert cells(text, "elpv_auroc") == ["0.9442 or more", "0.9442 or more", "0.9442", "not measured"]
+
+
+def test_a_result_names_its_machine_and_every_figure_is_one_of_the_table(
+    table: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    path = table.write_result("store", {"loop_over_bare": 1.3}, {"seconds": [1.0]})
+    found = json.loads(path.read_text())
+    assert path == tmp_path / f"store-{found['hardware']}.json"
+    assert found["ratios"] == {"loop_over_bare": 1.3} and found["measured"] == {"seconds": [1.0]}
+    assert found["versions"]["torch"]
+    assert capsys.readouterr().out == "loop_over_bare 1.300 (aim 1.25 or less, missed)\n"
+    with pytest.raises(AssertionError, match="stored_epochs"):
+        table.write_result("store", {"stored_epochs": 1.3}, {})
