@@ -220,14 +220,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         manifest = make(folder, options.pictures)
-        memory = [loader_memory.measured(folder, samples) for samples in options.samples]
-        print(json.dumps(memory), flush=True)
         litdata = litdata_python(folder)
+        print("pictures, shards and environments are made; timing starts", flush=True)
         results = {
             "pipelines": compare_pipelines(folder, litdata, options.repetitions),
             "steps_us": profile(manifest, options.repetitions),
             "reading": compare_reading(manifest, options.repetitions),
-            "memory": memory,
+            "memory": [loader_memory.measured(folder, samples) for samples in options.samples],
             "nodes": loader_memory.node_shares(),
         }
     settings = {"pictures": options.pictures, "repetitions": options.repetitions, "batch": BATCH, "epochs": EPOCHS}

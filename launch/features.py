@@ -1,7 +1,8 @@
 """`lit-transfer features --config FILE [--section.key VALUE ...]`: features of backbones, and classical heads on them.
 
-What the backbones give for each picture, from the activation store, is written as a table, heads of scikit-learn are
-fitted to it and compared, and the one that is best on validation is the run's result, for evaluate and predict.
+What the backbones give for each picture, from the activation store, is written as a table; heads
+of scikit-learn are fitted to it and compared; the one that is best on validation is the result of
+the run, for evaluate and predict.
 """
 
 from __future__ import annotations
@@ -56,8 +57,7 @@ def run_features(config: FeaturesConfig) -> dict[str, Any]:
     on_gpu = check_machine(Trainer(accelerator=config.accelerator))
     streams = open_streams(config.data, config.seed)
     check_dataset(config, streams["train"])
-    torch.manual_seed(config.seed)  # weights that start random
-    blocks = open_blocks(config.backbones, config.image)
+    blocks = open_blocks(config.backbones, config.image, config.seed)
     run = open_run(config, fingerprint(config, blocks, streams), differences)
     if found := run.summary():
         return found
@@ -92,8 +92,9 @@ def check_dataset(config: FeaturesConfig, train: Samples) -> None:
 def fingerprint(config: FeaturesConfig, blocks: Blocks, streams: Mapping[str, Samples]) -> dict[str, Any]:
     """All that decides the result, as plain values."""
     plain = to_plain(config)
-    kept = ("seed", "heads", "monitor", "folds", "threshold_metric", "export")
+    kept = ("seed", "monitor", "folds", "threshold_metric", "export")
     return {key: plain[key] for key in kept} | {
+        "heads": config.kinds,
         "data": {
             name: {
                 "digest": samples.manifest.digest,
@@ -146,7 +147,7 @@ def compare(config: FeaturesConfig, run: Run, features: Mapping[str, Features], 
     require(bool(judged), f"none of the heads can be fitted ({told}); name another.")
     chosen = choose(judged, config.monitor)
     metric = config.monitor.removeprefix("val/")
-    rows = head_rows(config.heads, judged, skipped, chosen)
+    rows = head_rows(config.kinds, judged, skipped, chosen)
     print(report.table(head_table(rows, metric, names=(*SHOWN, metric))), end="\n\n", flush=True)
     write_heads(rows, metric, run.folder / "heads.csv")
     plot_heads(rows, metric, run.folder / "report" / "heads.png")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from lit_transfer.config import Activations, Data, Image
+from lit_transfer.config import Activations, Data, Image, Order
 from lit_transfer.errors import require
 from lit_transfer.recipe import Head, Model
 
@@ -62,7 +62,7 @@ class FeaturesConfig:
         data: streams of samples; heads are fitted on `train` and chosen on `val`.
         image: the picture that all backbones share; its size is that of the largest by default, the rest of the first.
         backbones: whose vectors stand side by side, each divided by its mean norm over `train`.
-        heads: to fit and compare.
+        heads: to fit and compare; null is all.
         monitor: figure that settings are chosen by in cross-validation, and the head on validation (without `data.val`
             in cross-validation, too).
         folds: of cross-validation, stratified; no more than the rarest class has samples in `train`.
@@ -79,7 +79,7 @@ class FeaturesConfig:
     data: Data
     image: Image = field(default_factory=Image)
     backbones: list[Block]
-    heads: list[ClassicalHead] = field(default_factory=lambda: list(get_args(ClassicalHead)))
+    heads: list[ClassicalHead] | None = None
     monitor: str = "val/auroc"
     folds: int = 5
     threshold_metric: Literal["f1", "accuracy", "balanced_accuracy"] = "f1"
@@ -95,14 +95,23 @@ class FeaturesConfig:
         )
         require(0 <= self.seed < 2**63, f"seed {self.seed} is outside [0, 2^63).")
         require(bool(self.backbones), "backbones is empty; name at least one.")
-        require(bool(self.heads), "heads is empty; name at least one, or leave the key out for all.")
-        require(len(set(self.heads)) == len(self.heads), f"heads {self.heads} names one twice; name each once.")
+        require(bool(self.kinds), "heads is empty; name at least one, or leave the key out for all.")
+        require(len(set(self.kinds)) == len(self.kinds), f"heads {self.heads} names one twice; name each once.")
         require(self.folds >= 2, f"folds {self.folds} is under 2; use 5 or so.")
         require(self.monitor.startswith("val/"), f"monitor '{self.monitor}' must be a validation metric: val/...")
         require(
             self.activations.views is None,
             f"activations.views {self.activations.views!r}: features are of the plain picture; remove it.",
         )
+        require(
+            self.data.order == Order(),
+            "data.order is of the epochs of training, and features are computed once; remove it.",
+        )
+
+    @property
+    def kinds(self) -> list[ClassicalHead]:
+        """The heads, in order."""
+        return list(get_args(ClassicalHead)) if self.heads is None else self.heads
 
     @property
     def run_dir(self) -> Path:

@@ -65,7 +65,7 @@ def fit_heads(
     training = _training(train, widths)
     choosing = Choosing(config.monitor.removeprefix("val/"), config.folds, config.seed)
     judged, skipped = [], {}
-    for name in tqdm(config.heads, unit="head", desc="fitting heads", disable=not config.progress):
+    for name in tqdm(config.kinds, unit="head", desc="fitting heads", disable=not config.progress):
         reason = why_not_fitted(name, len(train.rows))
         if reason:
             skipped[name] = reason

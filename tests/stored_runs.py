@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from digits import fine_tuning, metric_rows, prepared
 from torch import Tensor
 
@@ -18,10 +19,15 @@ from lit_transfer.config import Config
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.phases import choice
 from lit_transfer.phases.run import run_phases
+from lit_transfer.reading import to_plain
 
 TIMING = ("images_per_s", "data_wait_share")
 HEAD = {"name": "head", "max_epochs": 2, "lr": 0.01, "global_batch": 32}
 TOP = {"name": "top", "train": {"last": 2}, "max_epochs": 2, "lr": 0.01, "backbone_lr": 1e-3, "global_batch": 32}
+OFF = {"store": "off"}
+MOVING = {"flip_h": 0.5, "rotate_degrees": 20, "brightness": 0.2}
+FLIPS = {"flip_h": 0.5, "flip_v": 0.5, "quarter_turns": True}
+FROZEN = 7  # stages of the tiny network
 EXACT = {"store": "require", "prefix": "plain", "dtype": "float32"}
 """Reads what training computes, to the bit where all batches have 32 samples."""
 
@@ -99,3 +105,15 @@ def storing_pays(monkeypatch: pytest.MonkeyPatch, compute_s: float = 1.0) -> Non
 
     monkeypatch.setattr(choice, "_WORTH_MEASURING_S", 0.0)
     monkeypatch.setattr(choice, "_costs", measured)
+
+
+def parts(folder: Path) -> list[Path]:
+    """The files of all shelves of the store."""
+    return sorted((folder / "store").glob("*/part-*.safetensors"))
+
+
+def written(config: Config, folder: Path) -> str:
+    """A config as a file."""
+    file = folder / f"{config.name}.yaml"
+    file.write_text(yaml.safe_dump(to_plain(config)))
+    return str(file)

@@ -154,9 +154,10 @@ def seconds(function: Callable[[Tensor], Any], images: Tensor, repeats: int = 2)
 
 
 def folded(backbone: Backbone, image_size: int) -> Backbone:
-    """A copy whose BatchNorm layers are part of the convolutions before them, as far as those feed nothing else.
+    """A copy whose BatchNorm layers are part of the convolutions before them, where one of each belongs to the other.
 
-    Which convolution feeds which BatchNorm is seen by running the network once on a picture of noise.
+    Which convolution feeds which BatchNorm is seen by running the network once on a picture of noise; whether it feeds
+    something else, too, is not seen. Then the copy gives other values: compare them.
     """
     network = copy.deepcopy(backbone).eval()
     made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # keeps the tensors, so that no other takes an id

@@ -46,6 +46,25 @@ class LinearStart:
         layer.bias.copy_(self.bias)
 
 
+def check_start(config: Config, train: Samples) -> None:
+    """Refuse a dataset to which the start that a config asks for cannot be fitted, before any network is built.
+
+    Raises:
+        UserError: regression, or a class with fewer than two samples.
+    """
+    if config.model.head.init == "logistic_regression":
+        task, names = train.manifest.task, train.manifest.classes(config.data.label)
+        _check(task, train.targets[train.rows], names)
+
+
+def _check(task: str, targets: NDArray[np.generic], names: tuple[str, ...]) -> None:
+    require(
+        task != "regression",
+        "model.head.init logistic_regression needs classes, but the dataset is regression; use random.",
+    )
+    check_targets(task, targets, names)
+
+
 def start_of_head(network: Network, config: Config, train: Samples, preprocessing: Preprocessing) -> LinearStart:
     """The logistic regression on what the backbone gives for the plain training pictures; damaged ones are left out.
 
@@ -89,11 +108,7 @@ def fit_linear_head(
     Raises:
         UserError: regression, or a class with fewer than two samples.
     """
-    require(
-        task != "regression",
-        "model.head.init logistic_regression needs classes, but the dataset is regression; use random.",
-    )
-    check_targets(task, targets, names)
+    _check(task, targets, names)
     if task == "ordinal":
         classes = targets.astype(np.int64)
         targets = np.stack([classes > k for k in range(len(names) - 1)], 1).astype(np.float32)

@@ -76,17 +76,19 @@ class Blocks:
         return Backbone(name, net, BODY.stages, sum(self.widths), image, _provenance(self.backbones))
 
 
-def open_blocks(blocks: Sequence[Block], image: Image) -> Blocks:
-    """Build the backbones of a config and load their weights.
+def open_blocks(blocks: Sequence[Block], image: Image, seed: int) -> Blocks:
+    """Build the backbones of a config and load their weights; mutates the global random state.
 
     Args:
         blocks: as in the config.
         image: as in the config; where it leaves the size open, it is that of the largest block.
+        seed: of weights that start random: those of the first block are as in a training run of that seed.
 
     Raises:
         UserError: as `build_backbone` does.
     """
     settled, common = _settle(blocks, image)
+    torch.manual_seed(seed)
     backbones = [_build_block(block, common.size, load_weights=True) for block in settled]
     return Blocks(tuple(settled), common, tuple(backbones))
 

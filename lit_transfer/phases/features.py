@@ -67,7 +67,7 @@ class Features:
 
 
 def in_memory(streams: Mapping[str, StoredStream], device: torch.device) -> dict[str, Features] | None:
-    """Stored features of each stream, checked, on the device; None where that takes over `MEMORY_SHARE` of its memory."""
+    """Stored features of each stream, checked, on the device; None if they take over `MEMORY_SHARE` of its memory."""
     needed = sum(shelf.full_bytes for stream in streams.values() for shelf in stream.shelves)
     if needed > MEMORY_SHARE * _free_bytes(device):
         return None

@@ -62,7 +62,8 @@ def head_table(rows: Sequence[HeadRow], metric: str, *, names: Sequence[str] = (
 def write_heads(rows: Sequence[HeadRow], metric: str, path: Path) -> None:
     """Write all figures of all heads as CSV; the chosen one has 1 in `chosen`."""
     lines = [
-        {"head": row.head, "chosen": int(row.chosen)} | {**line, "head": row.head}
+        {"head": row.head, "chosen": int(row.chosen)}
+        | {key: value for key, value in line.items() if key != "head" and value == value}  # what is undefined is empty
         for row, line in zip(rows, head_table(rows, metric), strict=True)
     ]
     columns = list(dict.fromkeys(key for line in lines for key in line))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,17 @@ from digits import digits
 
 import lit_transfer
 from lit_transfer.blocks import FeaturesConfig
-from lit_transfer.comparison import fit_heads
+from lit_transfer.comparison import Result, conclude_features, fit_heads
 from lit_transfer.data.manifest import Manifest
+from lit_transfer.data.streams import open_streams
 from lit_transfer.features.classifiers import CLASSIFIERS
 from lit_transfer.launch import main
 from lit_transfer.launch.evaluate import main as evaluate
+from lit_transfer.launch.features import extract
+from lit_transfer.model.joined import open_blocks
+from lit_transfer.phases.table import differences
 from lit_transfer.reading import load, parse
+from lit_transfer.tracking import ENVIRONMENT, open_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HEADS = ["logistic_regression", "linear_svm", "rbf_svm", "gaussian_nb", "lda", "knn", "nearest_centroid"]
@@ -107,45 +113,42 @@ def test_evaluate_says_what_the_summary_says(run: Path, capsys: pytest.CaptureFi
         assert figures == {name: summary(run)[f"{split}/{name}"] for name in figures}
 
 
+@pytest.fixture(scope="module")
+def results(manifest: Manifest, folder: Path) -> dict[str, Result]:
+    """Every head as if it were the chosen one of a run."""
+    config = parse(FeaturesConfig, settings(manifest, folder, name="each"))
+    streams, blocks = open_streams(config.data, config.seed), open_blocks(config.backbones, config.image, config.seed)
+    run = open_run(config, {"data": {}}, differences)
+    os.environ.pop(ENVIRONMENT)
+    features, norms = extract(config, run, blocks, streams, torch.device("cpu"))
+    judged, _ = fit_heads(config, features, blocks.widths)
+    return {one.fitted.name: Result(config, run, blocks, norms, features, one.fitted) for one in judged}
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_the_model_of_a_head_says_of_pictures_what_scikit_learn_says_of_features(
-    name: str, run: Path, manifest: Manifest, folder: Path, capsys: pytest.CaptureFixture[str]
+    name: str, results: dict[str, Result], manifest: Manifest
 ) -> None:
-    plain = settings(manifest, folder, name=name, heads=[name], export="npz")
-    assert main(["features", "--config", written(plain, folder)]) == 0
-    own = folder / "runs" / name
-    with np.load(own / "features.npz") as read:
-        held_out = read["split"] == "test"
-        x, keys = read["features"].astype(np.float64)[held_out], read["key"][held_out]
-    config = parse(FeaturesConfig, plain)
-    expected = _fitted(config, own).probabilities(x)
-    model = lit_transfer.load(own)
-    paths = [manifest.path.parent / manifest.table["source"][int(row)].as_py() for row in _rows(manifest, keys)]
-    said = model(torch.stack([model.preprocess(path) for path in paths]))
+    result = results[name]
+    conclude_features(result)
+    test = result.features["test"]
+    expected = result.fitted.classifiers[0].probabilities(test.values.double().numpy())
+    model = lit_transfer.load(result.run.folder)
+    sources = manifest.table["source"].take(test.rows).to_pylist()
+    said = model(torch.stack([model.preprocess(manifest.path.parent / source) for source in sources]))
     assert np.allclose(said.numpy(), expected, atol=1e-4) and said.std(0).min() > 0.05
-    capsys.readouterr()
-    assert main(["predict", "--run", str(own), str(paths[0])]) == 0
-    assert model.display[int(said[0, 1] >= summary(own)["threshold"][0])] in capsys.readouterr().out
 
 
-def _rows(manifest: Manifest, keys: np.ndarray) -> list[int]:
-    places = {key: row for row, key in enumerate(manifest.table["key"].to_pylist())}
-    return [places[key] for key in keys.tolist()]
-
-
-def _fitted(config: FeaturesConfig, run: Path) -> Any:
-    """The head of a run fitted again, from its file of features."""
-    from lit_transfer.data.streams import open_streams
-    from lit_transfer.features.table import Features
-
-    streams, features = open_streams(config.data, config.seed), {}
-    with np.load(run / "features.npz") as read:
-        for name, samples in streams.items():
-            values = torch.from_numpy(read["features"][read["split"] == name])
-            features[name] = Features(samples, samples.rows, values)
-        widths = [block["width"] for block in json.loads(str(read["blocks"]))]
-    (judged,), _ = fit_heads(config, features, widths)
-    return judged.fitted.classifiers[0]
+def test_predict_names_pictures(run: Path, manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--run", str(run), str(manifest.path.parent), "--format", "json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert len(said) == 96 and {one["prediction"] for one in said} == {"even", "odd"}
+    threshold = summary(run)["threshold"][0]
+    for one in said:
+        shares = {each["name"]: each["probability"] for each in one["top"]}
+        assert one["prediction"] == ("odd" if shares["odd"] >= threshold else "even") and sum(
+            shares.values()
+        ) == pytest.approx(1)
 
 
 def test_a_finished_run_is_told_again_and_another_is_refused(
@@ -168,6 +171,17 @@ def test_the_store_serves_a_second_run_and_training(run: Path, manifest: Manifes
     assert {path.name for path in (folder / "store").iterdir()} == shelves
     assert not (folder / "runs" / "again" / "features.parquet").exists()
     assert summary(folder / "runs" / "again")["head"] == "lda"
+    training = {
+        "name": "trained",
+        **{key: again[key] for key in ("runs_dir", "data", "activations")},
+        "image": again["image"] | {"size": 32},
+        "model": again["backbones"][0]["model"],
+        "phases": [{"name": "head", "max_epochs": 1, "lr": 0.01, "global_batch": 16}],
+        "trainer": {"progress": False, "accelerator": "cpu"},
+        "tracking": {"wandb": "off"},
+    }
+    assert main(["train", "--config", written(training, folder)]) == 0
+    assert {path.name for path in (folder / "store").iterdir()} == shelves
 
 
 def test_without_validation_cross_validation_chooses(run: Path, manifest: Manifest, folder: Path) -> None:
@@ -283,7 +297,7 @@ def test_a_classic_recipe_runs_with_random_weights(name: str, manifest: Manifest
     path = CONFIGS / "features" / f"{name}.yaml"
     assert path.read_text().startswith("# A classic recipe: ")
     config: FeaturesConfig = load(path, cls=FeaturesConfig)
-    assert config.name == name and config.heads == heads
+    assert config.name == name and config.kinds == heads
     assert all(block.model.weights == "pretrained" for block in config.backbones)
     small = [f"--image.size={size}", "--export=null", "--accelerator=cpu", "--progress=false", "--folds=2"]
     # Behind many layers of random weights numbers are too small for float16.

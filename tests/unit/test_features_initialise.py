@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from test_features_heads import features
 
 from lit_transfer.errors import UserError
-from lit_transfer.features.initialise import fit_linear_head, start_of_head
+from lit_transfer.features.initialise import check_start, fit_linear_head, start_of_head
 from lit_transfer.model.augment import eval_input
 from lit_transfer.model.heads import build_head
 from lit_transfer.objectives.decisions import probabilities
@@ -71,6 +72,16 @@ def test_weights_of_samples_count() -> None:
 def test_values_have_no_classes() -> None:
     with pytest.raises(UserError, match="the dataset is regression; use random"):
         fit_linear_head("regression", torch.zeros(4, 2), np.zeros((4, 1), np.float32), None, ("a",), seed=0)
+
+
+def test_what_a_start_cannot_be_fitted_to_is_refused_before_any_work(tmp_path: Path) -> None:
+    manifest = digits(tmp_path / "digits", "regression")
+    phases = [{"name": "head", "max_epochs": 1, "lr": 0.1}]
+    plain = fine_tuning(manifest, tmp_path, phases)
+    check_start(plain, streams_of(plain)["train"])
+    asked = replace(plain, model=replace(plain.model, head=Head(init="logistic_regression")))
+    with pytest.raises(UserError, match="the dataset is regression; use random"):
+        check_start(asked, streams_of(asked)["train"])
 
 
 def test_hidden_layers_are_refused() -> None:

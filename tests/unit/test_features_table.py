@@ -60,8 +60,7 @@ def streams(manifest: Manifest) -> dict[str, Samples]:
 
 @pytest.fixture(scope="module")
 def blocks() -> Blocks:
-    torch.manual_seed(0)
-    opened = open_blocks(BLOCKS, Image(crop=0.9))
+    opened = open_blocks(BLOCKS, Image(crop=0.9), seed=0)
     for backbone in opened.backbones:
         backbone.eval()
     return opened
@@ -85,8 +84,8 @@ def test_blocks_share_a_picture_and_keep_their_own_input(blocks: Blocks) -> None
     assert (first.size, second.size, second.mean) == (40, 32, [0.1, 0.2, 0.3])
     own = [build_backbone(block.model, device="meta", load_weights=False).image for block in BLOCKS]
     assert first.mean == own[0].mean != own[1].mean and second.std == own[1].std
-    assert open_blocks(BLOCKS[:1], Image(size=48, mean=[0.5] * 3)).common.size == 48
-    assert open_blocks(BLOCKS[1:], Image(mean=[0.5] * 3, std=[0.5] * 3)).inputs[0].mean == (0.1, 0.2, 0.3)
+    assert open_blocks(BLOCKS[:1], Image(size=48, mean=[0.5] * 3), 0).common.size == 48
+    assert open_blocks(BLOCKS[1:], Image(mean=[0.5] * 3, std=[0.5] * 3), 0).inputs[0].mean == (0.1, 0.2, 0.3)
 
 
 def test_a_block_gives_what_its_backbone_gives_for_its_own_input(
@@ -112,8 +111,7 @@ def test_pooling_makes_another_block(streams: dict[str, Samples], tmp_path: Path
     found = {}
     for pool in ("avg", "max", "flatten"):
         model = Model(backbone="timm/test_efficientnet", weights="none", last_stage="blocks.1", pool=pool)
-        torch.manual_seed(0)
-        blocks = open_blocks([Block(model=model, size=32)], Image())
+        blocks = open_blocks([Block(model=model, size=32)], Image(), seed=0)
         found[pool] = vectors(blocks, 0, stored, {"val": streams["val"]})["val"][0]
     maps = found["flatten"].view(len(found["avg"]), found["avg"].shape[1], -1)
     assert torch.allclose(maps.mean(2), found["avg"], atol=0.02)
@@ -162,7 +160,7 @@ def test_the_joined_network_gives_the_vectors_side_by_side_over_their_norms(
 
 
 def test_the_backbone_that_is_shared_with_training_has_its_name_and_others_have_not(blocks: Blocks) -> None:
-    assert open_blocks(BLOCKS[:1], Image()).backbones[0].name == "timm/test_resnet"
+    assert open_blocks(BLOCKS[:1], Image(), 0).backbones[0].name == "timm/test_resnet"
     assert blocks.backbones[1].name == "timm/test_efficientnet to blocks.1 by max at 32 of 40 pixels"
 
 
@@ -251,12 +249,13 @@ def test_npz_holds_the_same_without_python_objects(tmp_path: Path) -> None:
         ({"monitor": "auroc"}, "monitor 'auroc' must be a validation metric"),
         ({"name": "a/b"}, "must be a plain folder name"),
         ({"activations": {"views": 2}}, "features are of the plain picture"),
+        ({"data": {"train": {"manifest": "x", "split": "y"}, "order": {"balance": "classes"}}}, "data.order is of"),
         ({"backbones": [{"model": {"backbone": "timm/test_vit"}, "std": [1.0, 0.0, 1.0]}]}, "is not positive"),
         ({"backbones": [{"model": {"backbone": "timm/x", "head": {"dropout": 0.5}}}]}, "timm/x is given one"),
     ],
 )
 def test_what_a_config_may_not_say(settings: dict[str, Any], told: str, manifest: Manifest) -> None:
-    assert config(manifest).heads[0] == "logistic_regression"
+    assert config(manifest).kinds[0] == "logistic_regression"
     with pytest.raises(UserError) as caught:
         config(manifest, **settings)
     assert told in str(caught.value)

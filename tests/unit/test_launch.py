@@ -111,7 +111,7 @@ def test_what_is_wrong_with_the_options_is_said(file: str, arguments: list[str],
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["--config", "x", "-h"]])
-@pytest.mark.parametrize("verb", ["prepare", "fetch", "find-lr", "plan", "train"])
+@pytest.mark.parametrize("verb", ["prepare", "fetch", "find-lr", "plan", "train", "features"])
 def test_help_is_a_line_of_usage_what_the_verb_does_and_the_keys(
     verb: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

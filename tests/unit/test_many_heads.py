@@ -22,6 +22,7 @@ from lit_transfer.phases.steps import StopSignal
 from lit_transfer.reading import parse
 from lit_transfer.schedule import HeadSetting, Phase
 
+DROPOUT = {"dropout": 0.5}
 GRID = {"lr": [0.3, 0.01], "weight_decay": [0.0, 0.1], "seeds": [1, 2]}
 
 
@@ -40,7 +41,8 @@ def told(config: Config) -> dict[str, Any]:
     return found
 
 
-WILD = {"lr": None, "heads": {"lr": [3.0, 0.001, 0.1]}, "optimizer": "sgd", "validate_every_steps": 1}
+WILD = {"heads": {"seeds": [0, 1, 2, 3, 4]}, "optimizer": "sgd", "validate_every_steps": 1, "global_batch": 10}
+"""Heads that lead in turns, one of them at the last of 9 steps alone, and another one has been better before."""
 
 
 @pytest.mark.parametrize(
@@ -57,33 +59,34 @@ def test_the_best_by_validation_goes_on(
     value = "best" if row.get("restore_best") else monitor
     (chosen,) = [place for place, head in enumerate(heads) if head["goes_on"]]
     assert sign * heads[chosen][value] == min(sign * head[value] for head in heads)
-    assert [head["lr"] for head in heads] == [3.0, 0.001, 0.1] and {head["seed"] for head in heads} == {None}
+    assert [head["seed"] for head in heads] == [0, 1, 2, 3, 4] and {head["lr"] for head in heads} == {0.01}
     assert [head["best"] for head in heads] == pytest.approx(seen["best"].tolist())
     curve = [float(row[monitor]) for row in left.rows if row[monitor]]
-    assert len(curve) == 12 and sign * min(sign * value for value in curve) == pytest.approx(
+    assert len(curve) == 9 and sign * min(sign * value for value in curve) == pytest.approx(
         sign * min(sign * head["best"] for head in heads), rel=1e-5
     ), "the curve is that of the best head at each validation"
     if not row.get("restore_best"):
-        of = left.last["heads"]["averages" if "ema_decay" in row else "weights"]
+        own, of = (left.last["heads"][key] for key in ("weights", "averages" if "ema_decay" in row else "weights"))
+        assert all(torch.equal(left.last["network"][f"head.{name}"], t[chosen]) for name, t in own.items())
         assert_same(
             {name.removeprefix("head."): t for name, t in left.final.items()}, {n: t[chosen] for n, t in of.items()}
         )
     printed = capsys.readouterr().out
-    assert f"phase head: 3 heads by {monitor}; all stand in heads.json" in printed
+    assert f"phase head: 5 heads by {monitor}; all stand in heads.json" in printed
     (best,) = [line for line in printed.splitlines() if line.startswith("*")]
-    assert float(best.split()[1]) == heads[chosen]["lr"]
+    assert best.split()[3] == str(heads[chosen]["seed"])
 
 
 def test_restore_best_ends_with_the_head_and_the_step_of_the_best_validation(
     manifest: Manifest, tmp_path: Path
 ) -> None:
     """Its metrics, measured anew, are those that were the best."""
-    config = config_of(manifest, tmp_path, WILD | {"restore_best": True})
+    config = config_of(manifest, tmp_path, WILD | {"restore_best": True}, head=DROPOUT)
     left = train(config, loop=True)
     (chosen,) = [head for head in told(config)["heads"] if head["goes_on"]]
     losses = [float(row["val/loss"]) for row in left.rows]
-    assert losses[chosen["best_step"] - 1] == min(losses) and chosen["best_step"] < 12, "or there is nothing to see"
-    frozen = config_of(manifest, tmp_path, {"lr": 1e-30, "max_steps": 1}, name="again")
+    assert losses[chosen["best_step"] - 1] == min(losses) and chosen["best_step"] < 9, "or there is nothing to see"
+    frozen = config_of(manifest, tmp_path, {"lr": 1e-30, "max_steps": 1}, name="again", head=DROPOUT)
     job, plans = prepared(frozen)
     job.network.load_state_dict(left.final)
     with looped(job):
