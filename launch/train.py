@@ -19,6 +19,7 @@ from lit_transfer import report
 from lit_transfer.config import Config
 from lit_transfer.data.streams import open_streams
 from lit_transfer.evaluation import conclude
+from lit_transfer.features.initialise import check_start
 from lit_transfer.launch import run as run_verb
 from lit_transfer.launch.options import read_config
 from lit_transfer.model.augment import settle_image
@@ -74,6 +75,7 @@ def prepare_setup(config: Config) -> tuple[Setup, list[PhasePlan]]:
     check_metrics(config, phases, metric_names(task, len(classes)))
     plans = resolve(config, skeleton.layout(), len(streams["train"].rows))
     check_optimizers(skeleton, plans)
+    check_start(config, streams["train"])
     check_activations(config, plans, skeleton.backbone.stage_names, preprocessing)
 
     return Setup(config, build_network(config, width), streams, preprocessing, weights), plans

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytorch_lightning as pl
 import torch
@@ -26,6 +27,7 @@ from lit_transfer.activations.module import StoredData
 from lit_transfer.data.module import ImageData
 from lit_transfer.data.quarantine import FILE_NAME as QUARANTINE
 from lit_transfer.data.quarantine import Quarantine
+from lit_transfer.features.initialise import start_of_head
 from lit_transfer.model.augment import scaled
 from lit_transfer.model.ema import Ema
 from lit_transfer.model.memory import peak_memory_mib, reset_peak_memory
@@ -39,7 +41,7 @@ from lit_transfer.phases.resume import finished, load_weights, read_checkpoint
 from lit_transfer.phases.steps import Steps, StopSignal
 from lit_transfer.phases.stored import Stored, open_stored
 from lit_transfer.phases.table import PhasePlan, fingerprint_hash
-from lit_transfer.phases.trainer import PhaseBar, check_machine, make_trainer, ranks_of
+from lit_transfer.phases.trainer import PhaseBar, check_machine, make_trainer, on_all_ranks, ranks_of
 from lit_transfer.tracking import MetricsFile, Recorder
 
 
@@ -106,6 +108,9 @@ def _run_phase(
         trainer.precision_plugin.load_state_dict(saved["precision"])
         quarantine.go_on_from(saved["quarantine"])
         steps.go_on_from(saved)
+    elif not before and job.config.model.head.init != "random":
+        on_all_ranks(trainer, partial(_start_head, job, trainer))
+        steps.ema = steps.ema and Ema(job.network, steps.ema.decay)
     first_step = sum(result.steps for result in before)
     if trainer.is_global_zero:
         files.tidy()
@@ -123,6 +128,18 @@ def _run_phase(
                     trainer.fit_loop.teardown()  # where validation raised, Lightning leaves training's workers alive
     job.network.cpu()
     return _end_phase(trainer, job, plan, files, steps, before)
+
+
+def _start_head(job: Job, trainer: pl.Trainer) -> None:
+    """Fit the head's last layer to what the backbone gives (LP-FT); mutates the network. Every rank must call it."""
+    network = job.network.to(trainer.strategy.root_device)
+    start = None
+    if trainer.is_global_zero:
+        start = start_of_head(network, job.config, job.streams["train"], job.preprocessing)
+        print(f"the head starts as a logistic regression: {start.record}", flush=True)
+    start = trainer.strategy.broadcast(start)
+    assert start is not None
+    start.put_into(network.cpu().head)
 
 
 def _train_on_features(
