@@ -1,6 +1,6 @@
 """What a rank's processes hold with a large dataset; the datasets repeat the samples that `loader.py` has packed.
 
-python benchmarks/loader_memory.py --make FOLDER SAMPLES | --measure FOLDER
+Used by `loader.py`.
 """
 
 from __future__ import annotations

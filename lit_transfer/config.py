@@ -92,8 +92,9 @@ class Data:
         label: label column to learn, where a multiclass, ordinal or regression dataset has several.
         workers: loader processes per rank; 0 decodes in the training process.
         order: of the samples of an epoch of training.
-        max_bad_fraction: share of a stream's samples that may be damaged before the run stops; they are replaced in
-            training, left out of figures, and listed in the run's `quarantine.jsonl`.
+        max_bad_fraction: share of an epoch's samples that may be damaged before the run stops (one that `order.balance`
+            draws several times counts as often); they are replaced in training, left out of figures, and listed in the
+            run's `quarantine.jsonl`.
         cache: for shards that are not on this machine.
     """
 

@@ -178,8 +178,7 @@ class Library:
         """Those of the type asked for, computed on a machine of this kind with the packages that are here."""
         here = versions()
         for shelf in self.store.shelves():
-            found = shelf.description
-            if (shelf.dtype, found["versions"]) == (self.dtype, here) and found["recipe"][
-                "device"
-            ] == self._plain.device:
+            about = shelf.description
+            is_ours = (shelf.dtype, about["versions"]) == (self.dtype, here)
+            if is_ours and about["recipe"]["device"] == self._plain.device:
                 yield shelf

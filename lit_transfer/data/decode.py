@@ -1,6 +1,6 @@
 """From the bytes of a picture file to uint8 pixels on a fixed canvas.
 
-Training, evaluation and prediction all decode here, so they see the same pixels.
+Training, evaluation and prediction all decode files here, so they see the same pixels.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def _is_for_jpeg(header: Image.Image, data: bytes) -> bool:
 
 
 def _resized(pixels: NDArray[np.uint8], height: int, width: int, interpolation: str) -> NDArray[np.uint8]:
-    """Antialiased, `[H, W, 3]` -> `[height, width, 3]`: Pillow's filters, to within 2 of 255, several times sooner.
+    """Antialiased, `[H, W, 3]` -> `[height, width, 3]`: Pillow's filters, to within 2 of 255.
 
     It computes with integers, so the result is the same on every processor.
     """

@@ -1,7 +1,7 @@
-"""JPEG by libjpeg-turbo itself: Pillow's pixels to the bit, sooner, and with nothing passed over.
+"""JPEG by libjpeg-turbo itself: Pillow's pixels to the bit, and with nothing passed over.
 
-Pillow gives what it can of a damaged file and says nothing unless the end is missing; here all that libjpeg warns of is
-an error.
+Pillow gives what it can of a damaged file and says nothing unless lines of it are missing; here all that libjpeg warns
+of is an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import simplejpeg
 from numpy.typing import NDArray
 
 MARGIN = 2
-"""Least size of a picture that is decoded at a part of its size, in canvases: the canvas then hardly differs."""
+"""Least size of a picture that is decoded at a part of its size, in canvases; see the test for how little a photograph's
+canvas then differs."""
 
 
 def is_readable(data: bytes, size: tuple[int, int]) -> bool:

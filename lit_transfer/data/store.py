@@ -82,8 +82,11 @@ class ShardReader:
             return None
 
     def _discard(self, shard: int) -> None:
-        file = self._open.pop(shard)
-        if self._cache and file is not None and reach.is_remote(self._manifest.shard_address(shard)):
+        file = self._open[shard]
+        if file is None:  # read by range: to open it again would download all of it again
+            return
+        del self._open[shard]
+        if self._cache and reach.is_remote(self._manifest.shard_address(shard)):
             self._cache.discard(file)
 
     def __reduce__(self) -> tuple[Any, ...]:

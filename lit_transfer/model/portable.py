@@ -142,7 +142,9 @@ class TransferModel(nn.Module):
         self.eval()
 
     def preprocess(self, image: bytes | str | Path | Image.Image) -> Tensor:
-        """A picture (bytes or path of a file, or a PIL image) as network input [3, S, S], as in validation.
+        """A picture (bytes or path of a file, or a PIL image) as network input [3, S, S]; of a file as in validation.
+
+        A large JPEG file is decoded at a part of its size, a PIL image is not: they may differ by some levels of 255.
 
         Raises:
             DecodeError: it cannot be decoded.

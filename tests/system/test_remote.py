@@ -191,6 +191,21 @@ def test_a_sample_that_stays_wrong_is_refused(dataset: Manifest, server: FaultSe
     assert len(server.requests) == 2
 
 
+def test_a_shard_that_stays_wrong_is_not_downloaded_again_for_each_sample(
+    dataset: Manifest, server: FaultServer, tmp_path: Path
+) -> None:
+    shards = dataset.table["shard"].to_pylist()
+    rows = [row for row, shard in enumerate(shards) if shard == shards[3]][:3]
+    server.order(dataset.shards[shards[3]].name, *["flip"] * 100)
+    reader = at(dataset, server.url, ShardCache(tmp_path / "cache", 10**9, 2.0))
+    asked = []
+    for row in rows:
+        with pytest.raises(UserError, match="are not those that were packed"):
+            reader.read(row)
+        asked.append(len(server.requests))
+    assert asked == [4, 6, 8], "the shard twice, then each sample twice by range"
+
+
 def _flip(file: Path, offset: int) -> None:
     data = bytearray(file.read_bytes())
     data[offset] ^= 1

@@ -99,7 +99,8 @@ def test_samplings_that_are_left_to_pillow(sampling: tuple[int, int]) -> None:
 def test_what_else_is_left_to_pillow() -> None:
     cmyk = encoded(PHOTO.resize((16, 16)).convert("CMYK"))
     assert not jpeg.is_readable(cmyk, (16, 16))
-    assert decode(cmyk, preprocessing(16)).shape == (3, 16, 16)
+    assert np.array_equal(decode(cmyk, preprocessing(16)), to_canvas(open_rgb(cmyk), preprocessing(16)))
+    assert abs(int(decode(cmyk, preprocessing(16)).mean()) - int(np.asarray(PHOTO.resize((16, 16))).mean())) < 10
     plain = encoded(PHOTO.resize((16, 16)))
     assert jpeg.is_readable(plain, (16, 16)) and not jpeg.is_readable(plain, (16, 17))
 
