@@ -5,6 +5,7 @@ Workers import this file, so nothing slow may stand here that they do without, s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +40,12 @@ class StoredStream:
         """Where manifest rows stand on a shelf."""
         return np.searchsorted(self.samples.rows, rows)
 
-    def read(self, rows: Rows, epoch: int) -> Tensor:
-        """The activations of manifest rows [B] in an epoch of the run, as the next stage takes them: [B, ...]."""
-        places, which = self.places(rows), self.views.which(epoch, rows)
+    def read(self, rows: Rows, epoch: int, planned: Rows | None = None) -> Tensor:
+        """The activations of manifest rows [B] in an epoch of the run, as the next stage takes them: [B, ...].
+
+        `planned`: the rows that drew their views, where others stand in for some of them.
+        """
+        places, which = self.places(rows), self.views.which(epoch, rows if planned is None else planned)
         shape, dtype = self.shelves[0].contents.shape, self.shelves[0].contents.dtype
         records = torch.empty((len(rows), *shape), dtype=dtype)
         for view in np.unique(which):
@@ -61,7 +65,17 @@ class StoredDataset(SampleDataset):
 
     def _read(self, rows: Rows, epoch: int, damaged: dict[int, dict[str, Any]]) -> tuple[Rows, dict[str, Tensor]]:
         used = np.array([self._try(int(row), epoch, damaged, self._check)[0] for row in rows])
-        return used, {"activations": self.stored.read(used, epoch)}
+        return used, {"activations": self.stored.read(used, epoch, rows)}
+
+    def damages(self, places: Iterable[int]) -> list[dict[str, Any]]:
+        """What is known of damaged samples, by their places in the stream, as `Quarantine.add` takes it."""
+        damaged: dict[int, dict[str, Any]] = {}
+        for row in (int(self.samples.rows[place]) for place in places):
+            try:
+                self._check(row)
+            except DamagedSample as error:
+                damaged[row] = self._damage(row, error)
+        return list(damaged.values())
 
     def _check(self, row: int) -> None:
         """Raise what was found wrong with a row's picture when its activations were computed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +18,7 @@ from lit_transfer.model.backbone import Backbone
 from lit_transfer.model.stages import Step
 
 _PACKAGES = ("torchvision", "timm", "pillow", "simplejpeg")
+_version = cache(version)  # which reads files, and is asked for every shelf
 
 
 def content(
@@ -56,7 +57,7 @@ def description(content: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Those of the packages that decode pictures and compute stages."""
-    return {"torch": torch.__version__} | {name: version(name) for name in _PACKAGES}
+    return {"torch": torch.__version__} | {name: _version(name) for name in _PACKAGES}
 
 
 def hash_stages(backbone: Backbone) -> list[str]:

@@ -121,16 +121,15 @@ def fast_recipe(backbone: Backbone, cuts: Sequence[int], images: Tensor, *, comp
     size = images.shape[-1]
     recipe = plain_recipe(device_of(backbone))
     plain = Prefix(backbone, cuts, recipe, size)(images)
-    if _agrees(Prefix(backbone, cuts, replace(recipe, folded=True), size)(images), plain, 1e-3):
-        recipe = replace(recipe, folded=True)
+    fp32 = Prefix(backbone, cuts, replace(recipe, folded=True), size)
+    if not _agrees(fp32(images), plain, 1e-3):
+        fp32 = Prefix(backbone, cuts, recipe, size)
     for name in backbone.stage_names[: max(cuts)]:
-        half = replace(recipe, bf16_from=name)
-        prefix = Prefix(backbone, cuts, half, size)
-        if min(cosines(prefix(images), plain).values()) >= MIN_COSINE:
-            if seconds(prefix, images) < seconds(Prefix(backbone, cuts, recipe, size), images):
-                recipe = half
-            break
-    return replace(recipe, compiled=compiled)
+        half = Prefix(backbone, cuts, replace(fp32.recipe, bf16_from=name), size)
+        if min(cosines(half(images), plain).values()) >= MIN_COSINE:
+            faster = half if seconds(half, images) < seconds(fp32, images) else fp32
+            return replace(faster.recipe, compiled=compiled)
+    return replace(fp32.recipe, compiled=compiled)
 
 
 def cosines(outputs: dict[int, Tensor], expected: dict[int, Tensor]) -> dict[int, float]:
@@ -141,16 +140,16 @@ def cosines(outputs: dict[int, Tensor], expected: dict[int, Tensor]) -> dict[int
     }
 
 
-def seconds(function: Callable[[Tensor], Any], images: Tensor, repeats: int = 2) -> float:
-    """The least time of some calls, in seconds, after one that does not count."""
+def seconds(function: Callable[[Tensor], Any], images: Tensor) -> float:
+    """The least time of two calls, in seconds."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(2):
         start = time.perf_counter()
         function(images)
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min(times)
 
 
 def folded(backbone: Backbone, image_size: int) -> Backbone:

@@ -23,6 +23,8 @@ from lit_transfer.errors import nearest, require
 class Samples:
     """A stream opened: the labelled rows of a split.
 
+    Handed to other processes of this machine, its arrays are in memory that all of them share.
+
     Args:
         manifest: the dataset.
         rows: manifest rows of the stream, [N], ascending.
@@ -39,6 +41,17 @@ class Samples:
     def weights(self) -> NDArray[np.float32]:
         """Of every manifest row, [M]; mapped where the dataset is one manifest."""
         return np.asarray(self.manifest.table["weight"].to_numpy())
+
+    @cached_property
+    def _shared(self) -> dict[str, Tensor]:
+        # Copied once for all workers of all loaders, and not at all where there are none.
+        return {"rows": _in_shared_memory(self.rows), "targets": _in_shared_memory(self.targets)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"manifest": self.manifest, "unlabelled": self.unlabelled, **self._shared}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, rows=state["rows"].numpy(), targets=state["targets"].numpy())
 
     @property
     def labels(self) -> Tensor:
@@ -95,6 +108,13 @@ def open_stream(stream: Stream, label: str | None, seed: int, cache: ShardCache 
         order = plan.shuffled(labelled, manifest.digest, seed, "fraction")
         labelled = np.sort(order[: plan.share(len(labelled), stream.fraction)])
     return Samples(manifest, labelled, targets, len(rows) - int(known.sum()))
+
+
+def _in_shared_memory(array: NDArray[Any]) -> Tensor:
+    """A copy of an array that a process hands to another without copying it again."""
+    shared: Tensor = torch.from_numpy(np.empty_like(array)).share_memory_()  # type: ignore[no-untyped-call]
+    shared.numpy()[...] = array
+    return shared
 
 
 def open_streams(data: Data, seed: int) -> dict[str, Samples]:

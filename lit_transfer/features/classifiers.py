@@ -136,8 +136,7 @@ def _nearest_centroid(fit: Fit) -> list[Fitted]:
 def _behind(projection: Projection | None, weight: Tensor, bias: Tensor) -> Fitted:
     """A linear layer and the projection before it as one."""
     assert projection is not None
-    before = projection.fitted()
-    return {"weight": weight @ before["weight"], "bias": weight @ before["bias"] + bias}
+    return {"weight": weight @ projection.fitted()["weight"], "bias": bias}
 
 
 def _knn(fit: Fit) -> list[Fitted]:

@@ -49,22 +49,18 @@ def fit_scaling(features: Matrix, widths: tuple[int, ...]) -> Scaling:
 
 @dataclass(frozen=True)
 class Projection:
-    """Scaled features [N, F] times `components` [F', F], less `offset` [F']: their principal components."""
+    """Scaled features [N, F] times `components` [F', F]: their principal components, for those are centred."""
 
     components: Matrix
-    offset: Matrix
 
     def __call__(self, scaled: Matrix) -> Matrix:
         """[N, F] -> [N, F'], the component of the largest variance first."""
-        return scaled @ self.components.T - self.offset
-
-    def first(self, count: int) -> Projection:
-        """That on the first components, at most `count`."""
-        return Projection(self.components[:count], self.offset[:count])
+        return scaled @ self.components.T
 
     def fitted(self) -> dict[str, Tensor]:
         """As `model.classical.Linear` holds it."""
-        return {"weight": torch.from_numpy(self.components), "bias": torch.from_numpy(-self.offset)}
+        weight = torch.from_numpy(self.components)
+        return {"weight": weight, "bias": weight.new_zeros(len(weight))}
 
 
 def fit_projection(scaled: Matrix, count: int) -> Projection:
@@ -73,5 +69,4 @@ def fit_projection(scaled: Matrix, count: int) -> Projection:
     pca: Any = PCA(min(count, samples, features), svd_solver="covariance_eigh" if samples > features else "full")
     pca.fit(scaled)
     kept = pca.explained_variance_ > _NEGLIGIBLE * pca.explained_variance_[0]
-    components = np.ascontiguousarray(pca.components_[kept])
-    return Projection(components, components @ pca.mean_)
+    return Projection(np.ascontiguousarray(pca.components_[kept]))

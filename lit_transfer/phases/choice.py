@@ -177,14 +177,15 @@ def _compute_s(job: Job, library: Library, frozen: int) -> dict[int, float]:
     with torch.no_grad(), evaluating(backbone), torch.autocast(x.device.type, dtype, enabled=is_mixed):
         x = x.contiguous(memory_format=torch.channels_last)
         for stage in range(frozen):
-            total += seconds(partial(_run_stage, library, stage), x, repeats=1) / len(x)
+            outputs: list[Tensor] = []
+            total += seconds(partial(_run_stage, library, stage, outputs), x) / len(x)
             found[stage + 1] = total
-            x = backbone.run(x, stage, stage + 1)
+            x = outputs[-1]
     return found
 
 
-def _run_stage(library: Library, stage: int, x: Tensor) -> Tensor:
-    return library.backbone.run(x, stage, stage + 1)
+def _run_stage(library: Library, stage: int, outputs: list[Tensor], x: Tensor) -> None:
+    outputs.append(library.backbone.run(x, stage, stage + 1))
 
 
 def _costs(library: Library, load_s: float, compute_s: dict[int, float], recipe: Recipe) -> Costs:
@@ -192,7 +193,7 @@ def _costs(library: Library, load_s: float, compute_s: dict[int, float], recipe:
     deepest = max(compute_s)
     images = library.images("train", recipe.batch)
     prefix = Prefix(library.backbone, [deepest], recipe, library.preprocessing.size)
-    whole_s = seconds(prefix, images, repeats=1) / len(images)
+    whole_s = seconds(prefix, images) / len(images)
     write, read = disk_speed(library.store.folder)
     return Costs(
         load_s=load_s,

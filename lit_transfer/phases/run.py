@@ -22,7 +22,7 @@ import pytorch_lightning as pl
 import torch
 from timm.layers import convert_sync_batchnorm
 
-from lit_transfer.activations.data import StoredStream
+from lit_transfer.activations.data import StoredDataset, StoredStream
 from lit_transfer.activations.module import StoredData
 from lit_transfer.data.module import ImageData
 from lit_transfer.data.quarantine import FILE_NAME as QUARANTINE
@@ -105,7 +105,8 @@ def _run_phase(
     if saved:
         load_weights(job.network, saved["network"], files.last)
         optimizer.load_state_dict(saved["optimizer"])
-        trainer.precision_plugin.load_state_dict(saved["precision"])
+        if saved["precision"]:  # a phase that was begun on features in memory has none
+            trainer.precision_plugin.load_state_dict(saved["precision"])
         quarantine.go_on_from(saved["quarantine"])
         steps.go_on_from(saved)
     elif not before and job.config.model.head.init != "random":
@@ -158,6 +159,9 @@ def _train_on_features(
         require_features(plan.phase, reason)
         return False
     of_streams = features or {}
+    for name, found in of_streams.items():
+        damaged = StoredDataset(stored.streams[name], job.preprocessing, None).damages(sorted(found.damaged))
+        module.quarantine.add(name, damaged)
     train_heads(module, steps, of_streams.get("train"), of_streams.get("val"))
     return True
 

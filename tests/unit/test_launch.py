@@ -140,7 +140,7 @@ def keys_of(plain: object, path: str = "-") -> list[str]:
 def test_help_names_each_key_of_a_config_with_type_default_and_meaning(file: str) -> None:
     stream = "{manifest: x, split: y}"
     full = [f"--data.val={stream}", f"--data.test={stream}", "--phases.0.until={metric: val/loss, patience: 1}"]
-    full.append("--phases.0.heads={lr: [0.1], weight_decay: [0.0], seeds: [0]}")
+    full += ["--phases.0.lr=null", "--phases.0.heads={lr: [0.1, 0.2], weight_decay: [0.0], seeds: [0]}"]
     text = help_text("`lit-transfer x`: what it does.", Config)
     heads = re.findall(r"^  (--[\w.]+) ", text, flags=re.MULTILINE)
     assert sorted(heads) == sorted(keys_of(to_plain(read_config(["--config", file, *full], "x", None))))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lit_transfer.data.manifest import Manifest
 from lit_transfer.data.module import ImageData
 from lit_transfer.data.samplers import EvalSampler, TrainSampler
 from lit_transfer.data.store import ShardReader
-from lit_transfer.data.streams import check_same_labels, open_stream, open_streams
+from lit_transfer.data.streams import Samples, check_same_labels, open_stream, open_streams
 from lit_transfer.errors import UserError
 
 SMALL = Preprocessing(
@@ -240,6 +241,22 @@ def test_the_reader_gives_the_bytes_that_were_packed_also_after_a_trip_to_a_work
     for row in range(dataset.table.num_rows):
         assert reader.read(row) == payload(dataset, row) == copy.read(row)
     assert first == reader.read(0)
+
+
+def test_workers_share_the_arrays_of_a_stream(dataset: Manifest) -> None:
+    rows, targets = np.arange(10**6), np.arange(10**6) % 3
+    rows.flags.writeable = False  # as those that are mapped
+    samples = Samples(dataset, rows, targets, 7)
+    assert len(samples.weights) == 20
+    sent = [bytes(ForkingPickler.dumps(samples)) for _ in range(2)]
+    assert max(map(len, sent)) < 10_000, "handles of the arrays, not the arrays"
+    first, second = (pickle.loads(one) for one in sent)
+    assert np.array_equal(first.rows, rows) and np.array_equal(first.targets, targets)
+    assert first.unlabelled == 7 and first.manifest.digest == dataset.digest and len(first.weights) == 20
+    first.targets[5] = 99
+    assert second.targets[5] == 99 and samples.targets[5] == 2
+    again = pickle.loads(pickle.dumps(second))
+    assert np.array_equal(again.rows, rows) and again.targets[5] == 99
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
