@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.lit_transfer-installed
 
-.PHONY: quickstart test test-full lint benchmark clean
+.PHONY: quickstart test test-full lint bench clean
 
 quickstart: $(STAMP)
 	$(BIN)/lit-transfer prepare --config configs/data/elpv.yaml
@@ -23,8 +23,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-benchmark: $(STAMP)
+# Ratios measured side by side, on a machine that does nothing else meanwhile; benchmarks/README.md shows them.
+bench: $(STAMP)
+	$(BIN)/lit-transfer prepare --config configs/data/elpv.yaml
+	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/trainer.py
+	$(BIN)/python benchmarks/table.py
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

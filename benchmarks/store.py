@@ -1,6 +1,6 @@
 """What the activation store saves, and what our way of using it costs, on the quickstart without augmentation.
 
-    .venv/bin/python benchmarks/store.py [--pairs 3] [--fraction 0.2] [--steps 8] [--compile] [--only NAME ...]
+    .venv/bin/python benchmarks/store.py [--pairs 3] [--fraction 0.5] [--steps 8] [--compile] [--only NAME ...]
 
 Needs `make quickstart`'s dataset. All figures are medians of pairs that are measured in turns in one run:
 
@@ -30,12 +30,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from store_heads import compare_loops
-from store_job import Row, job_of, ratio_of, run_phase, spread
+from store_job import Row, in_turns, job_of, ratio_of, run_phase, spread
 from store_parts import build_efficiency, prefix_forward, thawed_steps
 from table import write_result
 
 EPOCHS = 20
+STORES = ("off", "auto")
 PHASE: Row = {"name": "head", "lr": 5e-3, "schedule": "warmup_cosine"}
 Found = tuple[dict[str, float], dict[str, Any]]
 
@@ -43,12 +45,12 @@ Found = tuple[dict[str, float], dict[str, Any]]
 def frozen_phases(folder: Path, pairs: int, fraction: float) -> Found:
     """20 epochs of the head with and without the store; and an epoch of their training steps."""
     frozen_phase(folder / "warm_up", "require", fraction / 4, 1)
-    found: dict[str, list[tuple[float, float]]] = {"off": [], "auto": []}
+    found: list[tuple[tuple[float, float], tuple[float, float]]] = []
     for pair in range(pairs):
-        for store in ("off", "auto") if pair % 2 == 0 else ("auto", "off"):
-            found[store].append(frozen_phase(folder / f"{store}{pair}", store, fraction, EPOCHS))
-            print(f"frozen phase, store {store}: {found[store][-1][0]:.2f} s", flush=True)
-    (off, off_steps), (on, on_steps) = (zip(*found[store], strict=True) for store in ("off", "auto"))
+        off, on = (partial(frozen_phase, folder / f"{store}{pair}", store, fraction, EPOCHS) for store in STORES)
+        found.append(in_turns(pair, off, on))
+        print(f"frozen phase, without and with a store: {found[-1][0][0]:.1f} s, {found[-1][1][0]:.1f} s", flush=True)
+    (off, off_steps), (on, on_steps) = (zip(*side, strict=True) for side in zip(*found, strict=True))
     ratios = {"frozen_phase_20_epochs": ratio_of(off, on), "stored_epoch": ratio_of(off_steps, on_steps)}
     seconds = {"off_s": off, "store_s": on, "off_epoch_steps_s": off_steps, "store_epoch_steps_s": on_steps}
     return ratios, {"epochs": EPOCHS, "fraction": fraction} | {name: spread(all_) for name, all_ in seconds.items()}
@@ -87,7 +89,7 @@ def main() -> None:
     """Measure, print the figures with their aims, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--fraction", type=float, default=0.2, help="of the pictures, for phases of 20 epochs")
+    parser.add_argument("--fraction", type=float, default=0.5, help="of the pictures, for phases of 20 epochs")
     parser.add_argument("--stored_fraction", type=float, default=1.0, help="the same for loops and building")
     parser.add_argument("--steps", type=int, default=8, help="of a thawed phase; the first two do not count")
     parser.add_argument("--compile", action="store_true", help="also time the compiled prefix")
@@ -103,7 +105,7 @@ def main() -> None:
         "frozen": partial(frozen_phases, pairs=pairs, fraction=options.fraction),
     }
     ratios: dict[str, float] = {}
-    measured: dict[str, Any] = {"settings": vars(options)}
+    measured: dict[str, Any] = {"settings": vars(options) | {"threads": torch.get_num_threads()}}
     for name in options.only or parts:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:

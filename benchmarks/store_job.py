@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -26,6 +26,7 @@ from lit_transfer.reading import override, parse, read_yaml
 from lit_transfer.tracking import ENVIRONMENT
 
 Row = dict[str, Any]
+Result = TypeVar("Result")
 
 
 def job_of(
@@ -52,7 +53,7 @@ def job_of(
     }
     runs = len(list((folder / "runs").glob("*")))
     changes = ["--runs_dir", str(folder / "runs"), "--name", f"run{runs}"]
-    changes += ["--trainer.progress", "false", "--tracking.wandb", "off"]
+    changes += ["--trainer.progress", "false", "--trainer.devices", "1", "--tracking.wandb", "off"]
     os.environ.pop(ENVIRONMENT, None)
     return prepare_job(parse(Config, override(plain, changes)))
 
@@ -136,6 +137,14 @@ def synchronize() -> None:
     """Wait for what was begun on the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def in_turns(pair: int, first: Callable[[], Result], second: Callable[[], Result]) -> tuple[Result, Result]:
+    """What two measurements give; which is made first alternates from pair to pair."""
+    if pair % 2:
+        other = second()
+        return first(), other
+    return first(), second()
 
 
 def ratio_of(above: Sequence[float], below: Sequence[float]) -> float:

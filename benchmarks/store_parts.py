@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from store_job import job_of, library_of, ratio_of, run_phase, seconds_of, spread
+from store_job import Row, in_turns, job_of, library_of, ratio_of, run_phase, seconds_of, spread
 from torch import Tensor
 
 from lit_transfer.activations.library import Library
@@ -25,8 +25,8 @@ from lit_transfer.phases.optim import build_optimizer
 from lit_transfer.phases.run import set_trained
 from lit_transfer.phases.table import PhasePlan
 
-HEAD = {"name": "head", "lr": 5e-3, "max_epochs": 1}
-THAW = {"name": "thaw", "lr": 1e-3, "backbone_lr": 3e-4}
+HEAD: Row = {"name": "head", "lr": 5e-3, "max_epochs": 1}
+THAW: Row = {"name": "thaw", "lr": 1e-3, "backbone_lr": 3e-4}
 
 
 def prefix_forward(folder: Path, repetitions: int, compiled: bool) -> tuple[dict[str, float], dict[str, Any]]:
@@ -121,42 +121,45 @@ def _forward_s(library: Library, cut: int, recipe: Recipe, batches: int = 8) -> 
 
 def thawed_steps(folder: Path, pairs: int, steps: int) -> tuple[dict[str, float], dict[str, Any]]:
     """Step time of a phase thawed from each stage with a stored prefix over the sum of its parts; the worst stage."""
-    job, plans = _thaw_job(folder, "head", steps)
+    job, _ = _thaw_job(folder, {"train": "head", "backbone_lr": None}, steps)
     library = library_of(job, job.config.data.workers)
     cuts = range(1, len(library.backbone.stages))
-    recipe = library.new_recipe(cuts)
-    library.fill(cuts, recipe, share=(0, 1), progress=False)
-    found: dict[str, list[tuple[float, float]]] = {library.backbone.stage_names[cut]: [] for cut in cuts}
+    library.fill(cuts, library.new_recipe(cuts), share=(0, 1), progress=False)
+    stages = [library.backbone.stage_names[cut] for cut in cuts]
+    found: dict[str, list[tuple[float, float]]] = {stage: [] for stage in stages}
     for pair in range(pairs):
-        for name, times in found.items():
-            job, plans = _thaw_job(folder, name, steps)
-            parts = _Parts(*_thaw_job(folder, name, steps))
-            turns = [lambda j=job, p=plans: run_phase(j, p, warm_up=2)[1], lambda parts=parts: parts.step_s(steps - 2)]
-            taken = [turn() for turn in (turns if pair % 2 else turns[::-1])]
-            times.append((taken[0], taken[1]) if pair % 2 else (taken[1], taken[0]))
-    ratios = {name: statistics.median(step / parts for step, parts in times) for name, times in found.items()}
-    measured = {
-        name: {
-            "ratio": ratios[name],
-            "step_s": spread([step for step, _ in times]),
-            "parts_s": spread([parts for _, parts in times]),
-        }
-        for name, times in found.items()
-    }
-    return {"thawed_step_over_parts": max(ratios.values())}, measured
+        for stage, times in found.items():
+            row = {"train": {"from": stage}}
+            times.append(in_turns(pair, partial(_step_s, folder, row, steps), partial(_parts_s, folder, row, steps)))
+    measured = {stage: _compared(times) for stage, times in found.items()}
+    return {"thawed_step_over_parts": max(one["ratio"] for one in measured.values())}, measured
 
 
-def _thaw_job(folder: Path, stage: str, steps: int) -> tuple[Job, list[PhasePlan]]:
-    train = "head" if stage == "head" else {"from": stage}
-    row = THAW | {"train": train, "max_steps": steps} | ({"backbone_lr": None} if stage == "head" else {})
-    return job_of(row, folder, "require", fraction=0.15, validated=False)
+def _compared(times: list[tuple[float, float]]) -> dict[str, Any]:
+    step_s, parts_s = zip(*times, strict=True)
+    return {"ratio": ratio_of(step_s, parts_s), "step_s": spread(step_s), "parts_s": spread(parts_s)}
+
+
+def _thaw_job(folder: Path, row: Row, steps: int) -> tuple[Job, list[PhasePlan]]:
+    return job_of(THAW | {"max_steps": steps} | row, folder, "require", fraction=0.15, validated=False)
+
+
+def _step_s(folder: Path, row: Row, steps: int) -> float:
+    """Seconds of a step by the trainer; the first two do not count."""
+    return run_phase(*_thaw_job(folder, row, steps), warm_up=2)[1]
+
+
+def _parts_s(folder: Path, row: Row, steps: int) -> float:
+    """Seconds of all parts of a step, each by itself: the mean, the first two times left out."""
+    job, plans = _thaw_job(folder, row, steps)
+    parts = _Parts(job, plans[0])
+    return statistics.mean([parts.seconds() for _ in range(steps)][2:])
 
 
 class _Parts:
     """What a step of a phase must compute, one part after the other: each stage, the head, and the optimizer."""
 
-    def __init__(self, job: Job, plans: list[PhasePlan]) -> None:
-        plan = plans[0]
+    def __init__(self, job: Job, plan: PhasePlan) -> None:
         library = library_of(job, workers=0)
         set_trained(job, plan)
         self.network = job.network.train()
@@ -167,18 +170,20 @@ class _Parts:
             self.given = self.network.backbone.run(library.images("train", batch), 0, self.cut)
         self.target = job.streams["train"].labels[:batch].to(library.device)
 
-    def step_s(self, repetitions: int) -> float:
-        """Seconds of all parts, each by itself; the mean of some repetitions after one that does not count."""
-        self._step_s()
-        return sum(self._step_s() for _ in range(repetitions)) / repetitions
+    def seconds(self) -> float:
+        """Of all parts; takes a step of the optimizer."""
+        x, total = self.given, 0.0
+        for stage in range(self.cut, len(self.network.backbone.stages)):
+            x, taken = _both_ways(partial(self._stage, stage), x, needs_gradient=stage > self.cut)
+            total += taken
+        total += _both_ways(self._loss, x, needs_gradient=True)[1]
+        return total + seconds_of(self.optimizer.step) + seconds_of(self.optimizer.zero_grad)
 
-    def _step_s(self) -> float:
-        backbone, x, seconds = self.network.backbone, self.given, 0.0
-        for stage in range(self.cut, len(backbone.stages)):
-            x, taken = _both_ways(lambda x, stage=stage: backbone.run(x, stage, stage + 1), x, stage > self.cut)
-            seconds += taken
-        seconds += _both_ways(lambda x: F.cross_entropy(self.network.head(x), self.target), x, True)[1]
-        return seconds + seconds_of(lambda: (self.optimizer.step(), self.optimizer.zero_grad()))
+    def _stage(self, stage: int, x: Tensor) -> Tensor:
+        return self.network.backbone.run(x, stage, stage + 1)
+
+    def _loss(self, x: Tensor) -> Tensor:
+        return F.cross_entropy(self.network.head(x), self.target)
 
 
 def _both_ways(part: Callable[[Tensor], Tensor], x: Tensor, needs_gradient: bool) -> tuple[Tensor, float]:

@@ -13,8 +13,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 MARGIN = 2
-"""Least size of a picture that is decoded at a part of its size, in canvases; see the test for how little a photograph's
-canvas then differs."""
+"""Least size, in canvases, of a picture that is decoded at a part of its size; a test says what that changes."""
 
 
 def is_readable(data: bytes, size: tuple[int, int]) -> bool:
