@@ -106,6 +106,8 @@ class Library:
 
     def fill(self, cuts: Collection[int], recipe: Recipe, *, share: tuple[int, int], progress: bool) -> None:
         """Compute what is missing of some cuts, in one pass over each stream; see `build`."""
+        if not any(shelf.missing() for shelf in self._shelves(cuts, recipe)):
+            return
         prefix = Prefix(self.backbone, sorted(cuts), recipe, self.preprocessing.size)
         for name, wanted in self._wanted(cuts, recipe).items():
             build(wanted, self._source(name), prefix, share=share, progress=progress)

@@ -121,15 +121,16 @@ def fast_recipe(backbone: Backbone, cuts: Sequence[int], images: Tensor, *, comp
     size = images.shape[-1]
     recipe = plain_recipe(device_of(backbone))
     plain = Prefix(backbone, cuts, recipe, size)(images)
-    fp32 = Prefix(backbone, cuts, replace(recipe, folded=True), size)
-    if not _agrees(fp32(images), plain, 1e-3):
-        fp32 = Prefix(backbone, cuts, recipe, size)
+    network = folded(backbone, size)
+    is_same = _agrees(Prefix(network, cuts, recipe, size)(images), plain, 1e-3)
+    network, settled = network if is_same else backbone, replace(recipe, folded=is_same, compiled=compiled)
+    fp32 = Prefix(network, cuts, recipe, size)
     for name in backbone.stage_names[: max(cuts)]:
-        half = Prefix(backbone, cuts, replace(fp32.recipe, bf16_from=name), size)
+        half = Prefix(network, cuts, replace(recipe, bf16_from=name), size)
         if min(cosines(half(images), plain).values()) >= MIN_COSINE:
-            faster = half if seconds(half, images) < seconds(fp32, images) else fp32
-            return replace(faster.recipe, compiled=compiled)
-    return replace(fp32.recipe, compiled=compiled)
+            is_faster = seconds(half, images) < seconds(fp32, images)
+            return replace(settled, bf16_from=name if is_faster else None)
+    return settled
 
 
 def cosines(outputs: dict[int, Tensor], expected: dict[int, Tensor]) -> dict[int, float]:

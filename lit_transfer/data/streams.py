@@ -44,8 +44,8 @@ class Samples:
 
     @cached_property
     def _shared(self) -> dict[str, Tensor]:
-        # Copied once for all workers of all loaders, and not at all where there are none.
-        return {"rows": _in_shared_memory(self.rows), "targets": _in_shared_memory(self.targets)}
+        # Tensors, which move to shared memory when they are first handed over; arrays would be copied each time.
+        return {"rows": torch.tensor(self.rows), "targets": torch.tensor(self.targets)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"manifest": self.manifest, "unlabelled": self.unlabelled, **self._shared}
@@ -108,13 +108,6 @@ def open_stream(stream: Stream, label: str | None, seed: int, cache: ShardCache 
         order = plan.shuffled(labelled, manifest.digest, seed, "fraction")
         labelled = np.sort(order[: plan.share(len(labelled), stream.fraction)])
     return Samples(manifest, labelled, targets, len(rows) - int(known.sum()))
-
-
-def _in_shared_memory(array: NDArray[Any]) -> Tensor:
-    """A copy of an array that a process hands to another without copying it again."""
-    shared: Tensor = torch.from_numpy(np.empty_like(array)).share_memory_()  # type: ignore[no-untyped-call]
-    shared.numpy()[...] = array
-    return shared
 
 
 def open_streams(data: Data, seed: int) -> dict[str, Samples]:

@@ -63,12 +63,15 @@ def run_phases(job: Job, plans: Sequence[PhasePlan], callbacks: Sequence[pl.Call
     folders = [PhaseFiles(job.run.checkpoints(name)) for name in names]
     known = [finished(files, names[:place]) for place, files in enumerate(folders)]  # refused before any work
     results: list[PhaseResult] = []
-    for place, (files, result) in enumerate(zip(folders, known, strict=True)):
-        if result:
-            load_weights(job.network, files.read_final(), files.folder)
-        else:
-            result = _run_phase(job, plans[place:], files, metrics, results, stop, callbacks)
-        results.append(result)
+    try:
+        for place, (files, result) in enumerate(zip(folders, known, strict=True)):
+            if result:
+                load_weights(job.network, files.read_final(), files.folder)
+            else:
+                result = _run_phase(job, plans[place:], files, metrics, results, stop, callbacks)
+            results.append(result)
+    finally:
+        stop.restore()  # a signal in the evaluation that follows must end it
     return results
 
 

@@ -38,11 +38,17 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def install(self) -> None:
         """Take over both signals; main thread only."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self._before:
             signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Give both signals back to who had them when this object was made; main thread only."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def __call__(self) -> bool:
         """Whether a signal has come."""

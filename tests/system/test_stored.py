@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,9 @@ def test_mixup_mixes_stored_activations_only_where_they_are_required(manifest: M
     assert_same(ran(auto), expected)
     given = ran(stored)
     assert cuts(stored) == {"top": FROZEN - 2} and given.ends == expected.ends and given.apart(expected) > 0
+
+
+def test_signals_are_given_back_after_a_head_was_trained_without_a_trainer(manifest: Manifest, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    ran(configured(manifest, tmp_path, "signals", [HEAD], EXACT))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
