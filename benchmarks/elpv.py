@@ -1,6 +1,6 @@
 """Solar cells by the published protocol: accuracy, ROC AUC and F1 over five splits, beside what papers report.
 
-    .venv/bin/python benchmarks/elpv.py [--config configs/elpv.yaml] [--seeds 0 1 2 3 4] [--section.key VALUE ...]
+    .venv/bin/python benchmarks/elpv.py [--jobs 2] [--config configs/elpv.yaml] [--section.key VALUE ...]
 
 Deitsch et al. 2019: all 2,624 cells, defective where the defect probability is over 0.5; a quarter is held out,
 stratified by probability and cell type. Here the split seeds 0 to 4 are fixed beforehand. An eighth of the other three
@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from processes import at_a_time
+from table import write_result
 from torch import Tensor
 
 from lit_transfer.activations.views import turned
@@ -30,7 +31,6 @@ from lit_transfer.config import Config
 from lit_transfer.data.loading import SampleDataset
 from lit_transfer.data.plan import Batch
 from lit_transfer.data.streams import Samples, open_stream
-from lit_transfer.files import write_json
 from lit_transfer.model.augment import eval_input
 from lit_transfer.model.portable import TransferModel
 from lit_transfer.model.portable import load as load_model
@@ -95,6 +95,12 @@ def figures(run: Path) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
+def measured(config: Path, folder: Path, changes: list[str], seed: int) -> dict[str, Any]:
+    """The figures of a split, trained unless that is done, and the seconds that its training took."""
+    run = trained(seed, config, folder, changes)
+    return {**figures(run), "seconds": json.loads((run / "summary.json").read_text())["seconds/total"]}
+
+
 def table(runs: list[dict[str, Any]]) -> str:
     """Mean and standard deviation over splits, then what others report."""
     lines = [f"{'':<12}{'cells':<8}" + "".join(f"{title:>18}" for title in FIGURES.values())]
@@ -108,41 +114,26 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def hardware() -> str:
-    """A word for this machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name().replace(" ", "-").lower()
-    return f"cpu-{platform.machine()}-{torch.get_num_threads()}-threads"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/elpv.yaml"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=1, help="splits at a time; they share the threads")
     parser.add_argument("--folder", type=Path, default=Path("runs/elpv_protocol"), help="of datasets and runs")
     options, changes = parser.parse_known_args()
-    runs, seconds = [], []
-    for seed in options.seeds:
-        run = trained(seed, options.config, options.folder, changes)
-        runs.append(figures(run))
-        seconds.append(json.loads((run / "summary.json").read_text())["seconds/total"])
-        print(f"split {seed}: {runs[-1]['single']['all']}", flush=True)
+    work = partial(measured, options.config, options.folder, changes)
+    runs = []
+    for seed, run in zip(options.seeds, at_a_time(options.jobs, work, options.seeds), strict=True):
+        runs.append(run)
+        print(f"split {seed}: {run['single']['all']}", flush=True)
     print(table(runs))
     means = {
         how: {name: statistics.mean(run[how]["all"][name] for run in runs) for name in FIGURES}
         for how in ("single", "averaged")
     }
-    result = {
-        "hardware": hardware(),
-        "versions": {"torch": torch.__version__, "lit_transfer": version("lit_transfer")},
-        "ratios": {"elpv_accuracy": means["single"]["accuracy"], "elpv_auroc": means["single"]["auroc"]},
-        "averaged": means["averaged"],
-        "seeds": options.seeds,
-        "seconds": seconds,
-        "changes": changes,
-        "splits": runs,
-    }
-    write_json(Path(__file__).parent / "results" / f"elpv-{hardware()}.json", result)
+    ratios = {"elpv_accuracy": means["single"]["accuracy"], "elpv_auroc": means["single"]["auroc"]}
+    settings = {"config": str(options.config), "changes": changes, "seeds": options.seeds, "jobs": options.jobs}
+    write_result("elpv", ratios, settings | {"averaged": means["averaged"], "splits": runs})
 
 
 if __name__ == "__main__":

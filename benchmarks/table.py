@@ -1,8 +1,9 @@
-"""The table of `benchmarks/README.md`, from the files in `benchmarks/results/`; and how those are written.
+"""The tables of `benchmarks/README.md`, from the files in `benchmarks/results/`; and how those are written.
 
     .venv/bin/python benchmarks/table.py
 
-A file is `<name>-<hardware>.json`: `hardware`, `versions`, `ratios` by name, and `measured`, what they come from.
+A file is `<name>-<hardware>.json`: `hardware`, `versions`, `ratios` by name, and `measured`, what they come from. That
+of `views.py` has no ratios, but a table of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +26,7 @@ from lit_transfer.files import write_json, write_text
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 BEGIN, END = "<!-- made by table.py: begin -->", "<!-- made by table.py: end -->"
+VIEWS_BEGIN, VIEWS_END = "<!-- views, made by table.py: begin -->", "<!-- views, made by table.py: end -->"
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "pillow", "scikit-learn")
 
 
@@ -74,6 +77,15 @@ FIGURES = (
 )
 
 
+VIEW_FIGURES = {  # name: for people, the key of a run's summary, and digits to show
+    "accuracy": ("test accuracy", "test/accuracy", 4),
+    "auroc": ("test ROC AUC", "test/auroc", 4),
+    "val_auroc": ("validation ROC AUC", "val/auroc", 4),
+    "seconds": ("seconds in all", "seconds/total", 0),
+    "building_s": ("of them building", None, 0),
+}
+
+
 def hardware() -> str:
     """What a benchmark runs on, fit for a file's name: the GPU, or `cpu`, the processor and the cores it may use."""
     if torch.cuda.is_available():
@@ -112,7 +124,8 @@ def machines(folder: Path) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
-        found.setdefault(result["hardware"], {}).update(result["ratios"])
+        if result["ratios"]:
+            found.setdefault(result["hardware"], {}).update(result["ratios"])
     return found
 
 
@@ -136,16 +149,46 @@ def _cell(figure: Figure, machine: str, value: float | None) -> str:
     return shown(value) if figure.is_met(machine, value) else f"{shown(value)} (missed)"
 
 
-def with_table(page: str, folder: Path) -> str:
-    """A page with the table between its marks."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table(folder)}\n\n{END}{rest.split(END)[1]}"
+def views_tables(folder: Path) -> str:
+    """What views cost on each machine: its table in Markdown, and its picture."""
+    parts = []
+    for path in sorted(folder.glob("views-*.json")):
+        result = json.loads(path.read_text())
+        picture = f"![Test figures of views against seconds](results/{path.stem}.png)"
+        parts += [f"On {result['hardware']}:", views_table(result["measured"]["runs"]), picture]
+    return "\n\n".join(parts) or "Not measured."
+
+
+def views_table(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """In Markdown, a row each setting: mean (least to most) of its runs."""
+    titles = [title for title, _, _ in VIEW_FIGURES.values()]
+    lines = [_row("", "seeds", *titles), _row("---", "---:", *("---:" for _ in titles))]
+    for setting, rows in runs.items():
+        cells = [_range([row[name] for row in rows], digits) for name, (_, _, digits) in VIEW_FIGURES.items()]
+        lines.append(_row(setting, str(len(rows)), *cells))
+    return "\n".join(lines)
+
+
+def _range(values: Sequence[float], digits: int) -> str:
+    mean, least, most = (f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
+    return f"{mean} ({least} to {most})"
+
+
+def with_tables(page: str, folder: Path) -> str:
+    """A page with all tables between their marks."""
+    page = _between(page, BEGIN, END, table(folder))
+    return _between(page, VIEWS_BEGIN, VIEWS_END, views_tables(folder))
+
+
+def _between(page: str, begin: str, end: str, text: str) -> str:
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
 
 
 def main() -> None:
-    """Put the table into README.md, and print it."""
+    """Put the tables into README.md, and print that of figures."""
     page = HERE / "README.md"
-    write_text(page, with_table(page.read_text(), RESULTS))
+    write_text(page, with_tables(page.read_text(), RESULTS))
     print(table(RESULTS))
 
 

@@ -25,7 +25,7 @@ from lit_transfer.data.streams import Samples, open_streams
 from lit_transfer.errors import nearest, require
 from lit_transfer.features.export import write_features
 from lit_transfer.features.fitting import FittedHead, check_targets
-from lit_transfer.features.table import Features, block_vectors, combine, mean_norms
+from lit_transfer.features.table import Features, block_vectors, combine, groups_of, mean_norms
 from lit_transfer.files import write_json
 from lit_transfer.launch import run as run_verb
 from lit_transfer.launch.options import read_config
@@ -79,7 +79,7 @@ def run_features(config: FeaturesConfig) -> dict[str, Any]:
 def check_dataset(config: FeaturesConfig, train: Samples) -> None:
     """Refuse what cannot be fitted to a dataset, before any network is built."""
     task, classes = train.manifest.task, train.manifest.classes(config.data.label)
-    check_targets(task, train.targets[train.rows], classes)
+    check_targets(task, train.targets[train.rows], classes, groups_of(train, train.rows))
     known = [name for name in metric_names(task, len(classes)) if not improves_downwards(name)]
     metric = config.monitor.removeprefix("val/")
     require(
@@ -148,7 +148,8 @@ def compare(config: FeaturesConfig, run: Run, features: Mapping[str, Features], 
     chosen = choose(judged, config.monitor)
     metric = config.monitor.removeprefix("val/")
     rows = head_rows(config.kinds, judged, skipped, chosen)
-    print(report.table(head_table(rows, metric, names=(*SHOWN, metric))), end="\n\n", flush=True)
+    print(report.table(head_table(rows, metric, names=(*SHOWN, metric))))
+    print("* goes on, and is measured anew on pictures: these are by features as they are stored\n", flush=True)
     write_heads(rows, metric, run.folder / "heads.csv")
     plot_heads(rows, metric, run.folder / "report" / "heads.png")
     return chosen.fitted

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lit_transfer.activations.shelf import Shelf
 from lit_transfer.activations.store import ActivationStore, default_folder
-from lit_transfer.errors import require
+from lit_transfer.errors import UserError, require
 from lit_transfer.launch import run
 from lit_transfer.launch.options import Parser
 from lit_transfer.report import table
@@ -41,10 +41,14 @@ def main(argv: Sequence[str]) -> int:
     options = _arguments(argv or ["--help"])
     require(options.folder.is_dir(), f"--folder {options.folder} is not there; runs make it when they store something.")
     store = ActivationStore(options.folder, limit_bytes=0)
-    if options.command == "verify":
-        return verify(store, remove=options.remove)
-    if options.command == "prune":
-        return prune(store, options)
+    try:
+        if options.command == "verify":
+            return verify(store, remove=options.remove)
+        if options.command == "prune":
+            return prune(store, options)
+    except OSError as error:
+        told = f"{error.strerror} ({error.filename})"
+        raise UserError(f"{store.folder} cannot be looked after: {told}; ask the user who made that.") from error
     rows = [row(shelf) for shelf in store.shelves()]
     print(table(rows) if rows else f"nothing is stored in {store.folder}")
     return 0
@@ -91,8 +95,10 @@ def verify(store: ActivationStore, *, remove: bool) -> int:
     if not faults:
         print(f"all is as it was written: {checked} parts in {store.folder}")
         return 0
-    done = "they were removed, and runs build them again" if remove else "--remove removes them; runs build them again"
-    print(f"{table(faults)}\n\n{len(faults)} of {checked} parts are wrong: {done}")
+    done = "removed, but for what a run is at" if remove else "--remove removes them, but for what a run is at"
+    print(
+        f"{table(faults)}\n\n{len(faults)} faults beside {checked} parts that were read: {done}; runs build them again"
+    )
     return 1
 
 
@@ -118,7 +124,7 @@ def prune(store: ActivationStore, options: argparse.Namespace) -> int:
         unused_s=0 if options.all else None if days is None else days * DAY_S,
     )
     if removed:
-        print(table([before[shelf.key] for shelf, _ in removed]))
+        print(table([before.get(key, {"shelf": key[:12]}) for key, _ in removed]))
     kept = [shelf for shelf in store.shelves() if shelf.shared.is_in_use()]
     print(f"removed {len(removed)} shelves, {sum(size for _, size in removed) / 1e6:.1f} MB; {len(kept)} are in use")
     return 0

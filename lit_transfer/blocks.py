@@ -65,7 +65,8 @@ class FeaturesConfig:
         heads: to fit and compare; null is all.
         monitor: figure that settings are chosen by in cross-validation, and the head on validation (without `data.val`
             in cross-validation, too).
-        folds: of cross-validation, stratified; no more than the rarest class has samples in `train`.
+        folds: of cross-validation, stratified, groups kept whole; no more than the rarest class has samples (or groups
+            of them) in `train`.
         threshold_metric: what the threshold of a binary or multilabel decision maximises on validation.
         activations: the store of what backbones give.
         export: file that the features are written to, with keys, splits and labels; null writes none.

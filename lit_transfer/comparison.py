@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from lit_transfer.blocks import ClassicalHead, Combination, FeaturesConfig
 from lit_transfer.config import Trainer
+from lit_transfer.errors import require
 from lit_transfer.evaluation import BATCH, Measured, predict_samples
 from lit_transfer.features.fitting import Choosing, FittedHead, Training, fit_head, why_not_fitted
-from lit_transfer.features.table import Features
+from lit_transfer.features.table import Features, groups_of
 from lit_transfer.model.classical import Classical
 from lit_transfer.model.joined import Blocks
 from lit_transfer.model.module import Predictions, measured
@@ -83,6 +84,7 @@ def _training(train: Features, widths: Sequence[int]) -> Training:
         samples.targets[train.rows],
         None if (weights == weights[0]).all() else weights,
         tuple(widths),
+        groups_of(samples, train.rows),
     )
 
 
@@ -119,9 +121,18 @@ def _predict(head: Classical, features: Features) -> Predictions:
 
 
 def choose(judged: Sequence[Judged], monitor: str) -> Judged:
-    """The head of the largest figure on validation; without a validation stream, in cross-validation."""
+    """The head of the largest figure on validation; without a validation stream, in cross-validation.
+
+    Raises:
+        UserError: the figure is undefined for all.
+    """
     has_val = "val" in judged[0].verdict.evaluations
     values = [one.verdict.figures()[monitor] if has_val else one.fitted.score for one in judged]
+    require(
+        any(math.isfinite(value) for value in values),
+        f"{monitor} is undefined for every head, so none is the best; a class may be missing from data.val: monitor "
+        "val/accuracy instead.",
+    )
     return judged[max(range(len(judged)), key=lambda i: -math.inf if math.isnan(values[i]) else values[i])]
 
 
@@ -148,7 +159,7 @@ def _row(judged: Judged, chosen: bool) -> HeadRow:
         score=fitted.score,
         figures=judged.verdict.figures(),
         seconds=fitted.seconds,
-        note="" if all(one.converged for one in fitted.classifiers) else "did not converge",
+        note="; ".join(fitted.notes),
         chosen=chosen,
     )
 

@@ -53,7 +53,10 @@ class Cache:
     timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
-        require(self.limit_gb >= 0, f"data.cache.limit_gb {self.limit_gb} is negative; use 0 to keep nothing.")
+        require(
+            0 <= self.limit_gb < float("inf"),
+            f"data.cache.limit_gb {self.limit_gb} is not a number of at least 0; use 0 to keep nothing.",
+        )
         require(self.timeout_s > 0, f"data.cache.timeout_s {self.timeout_s} is not positive; use 30 or so.")
 
 
@@ -227,7 +230,9 @@ class Trainer:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """When a run saves what it needs to go on, beside the end of each epoch and a signal. It changes no figure.
+    """When a run saves what it needs to go on, beside a phase's end and a signal. It changes no figure.
+
+    So does the end of each epoch, but where heads train on features in memory: such an epoch takes milliseconds.
 
     Args:
         every_steps: optimizer steps between two checkpoints.
@@ -297,7 +302,10 @@ class Activations:
             views is None or views == "d4" or (type(views) is int and views >= 1),
             f"activations.views {views!r} is neither a count of 1 or more nor d4.",
         )
-        require(self.limit_gb > 0, f"activations.limit_gb {self.limit_gb} is not positive; use store off to keep none.")
+        require(
+            0 < self.limit_gb < float("inf"),
+            f"activations.limit_gb {self.limit_gb} is not a positive number; use store off to keep none.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

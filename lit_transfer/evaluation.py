@@ -22,10 +22,12 @@ from lit_transfer.model.network import Network
 from lit_transfer.model.portable import Description, save_portable
 from lit_transfer.objectives.calibration import calibration_metrics, fit_temperature, rescale
 from lit_transfer.objectives.decisions import choose_threshold
-from lit_transfer.phases.checkpoint import PhaseResult
+from lit_transfer.phases.checkpoint import PhaseFiles, PhaseResult
 from lit_transfer.phases.job import Job
+from lit_transfer.phases.stored import read_choice
 from lit_transfer.phases.trainer import check_machine, predict_stream, ranks_of
 from lit_transfer.reading import to_plain
+from lit_transfer.report.cuts import plot_cuts
 from lit_transfer.report.split import Evaluation, write_report
 
 BATCH = 64
@@ -97,7 +99,7 @@ def conclude(job: Job, results: Sequence[PhaseResult]) -> dict[str, Any]:
     summary = figures | unscaled | _records(job, results) | {"temperature": temperature, "threshold": threshold}
     if not dist.is_initialized() or dist.get_rank() == 0:
         save_portable(job.run.folder / "model", job.network, _description(job, temperature, threshold, figures))
-        pictures = {
+        pictures = {"run": _plot_choices(job, results)} | {
             split: write_report(job.run.folder / "report" / split, e, e.figures(), job.run.folder / "metrics.csv")
             for split, e in evaluations.items()
         }
@@ -106,6 +108,17 @@ def conclude(job: Job, results: Sequence[PhaseResult]) -> dict[str, Any]:
     if dist.is_initialized():
         dist.barrier()
     return summary
+
+
+def _plot_choices(job: Job, results: Sequence[PhaseResult]) -> list[Path]:
+    """A picture of what the activation store would take and save, for each phase in which that was measured."""
+    pictures = []
+    for result in results:
+        choice = read_choice(PhaseFiles(job.run.checkpoints(result.name)))
+        if choice and choice.weighed:
+            pictures.append(job.run.folder / "report" / f"activations_{result.name}.png")
+            plot_cuts(choice.weighed, result.name, choice.why, pictures[-1])
+    return pictures
 
 
 def _predict_splits(job: Job) -> dict[str, Predictions]:

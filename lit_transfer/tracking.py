@@ -102,10 +102,12 @@ def open_run(
         record = json.loads(path.read_text())
         changed = compare(record["fingerprint"], json.loads(json.dumps(fingerprint)))
         if changed and not allow_changes:
-            raise UserError(
-                f"{config.run_dir} holds a run with other settings ({'; '.join(changed[:8])}); choose "
-                "another name, remove the directory, or go on under the new ones with --allow-changed-plan."
-            )
+            remedy = "choose another name, or remove the directory"
+            if isinstance(config, Config):  # what is trained can go on; what is fitted is fitted anew
+                remedy = (
+                    "choose another name, remove the directory, or go on under the new ones with --allow-changed-plan"
+                )
+            raise UserError(f"{config.run_dir} holds a run with other settings ({'; '.join(changed[:8])}); {remedy}.")
         if changed:
             earlier = {"until": _now(), "changes": changed, "fingerprint": record["fingerprint"]}
             record = record | {"fingerprint": fingerprint, "earlier": [*record.get("earlier", []), earlier]}
@@ -146,6 +148,7 @@ class MetricsFile:
             # A disk that was full has cut the last row short.
             self.rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
         self._columns: list[str] = []  # so the first row added writes the whole file anew
+        self._last_at = 0  # where its last row begins
 
     def drop_after(self, phase: str, step: int, finished: list[str]) -> None:
         """Forget rows that a resumed run will write again: of `phase` after `step`, and of later phases."""
@@ -160,23 +163,31 @@ class MetricsFile:
         """Append values at a step of the run."""
         keys = {"phase": phase, "epoch": str(epoch), "step": str(step)}
         row = keys | {name: f"{value:.6g}" for name, value in values.items()}
-        if self.rows and all(self.rows[-1][key] == keys[key] for key in self.KEYS):
+        is_new = not self.rows or any(self.rows[-1][key] != keys[key] for key in self.KEYS)
+        if is_new:
+            self.rows.append(row)
+        else:
             self.rows[-1] |= row
-            self._rewrite()
-            return
-        self.rows.append(row)
         if set(row) <= set(self._columns):
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self._columns).writerow(row)
+            self._write_last(is_new)
         else:
             self._rewrite()
+
+    def _write_last(self, is_new: bool) -> None:
+        """Append the last row, or write it again; the checkpoint of its step is not written yet."""
+        with self.path.open("r+", newline="") as file:
+            self._last_at = file.seek(0, os.SEEK_END) if is_new else file.seek(self._last_at)
+            file.truncate()
+            csv.DictWriter(file, self._columns).writerow(self.rows[-1])
 
     def _rewrite(self) -> None:
         self._columns = list(dict.fromkeys([*self.KEYS, *self._columns, *(name for row in self.rows for name in row)]))
         with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
-            writer.writerows(self.rows)
+            writer.writerows(self.rows[:-1])
+            self._last_at = file.tell()
+            writer.writerows(self.rows[-1:])
 
 
 def wandb_logger(config: Config, run: Run) -> WandbLogger | None:

@@ -60,9 +60,16 @@ def about(name: str) -> dict[str, Any]:
     return {"content": {"backbone": "timm/net", "cut": name, "dataset": "d" * 64, "view": "d4", "element": 3}}
 
 
+def contents(name: str) -> Contents:
+    """What such a shelf is."""
+    return Contents(about(name), STORE_RECORDS, (6,), torch.float32)
+
+
 def open_shelf(kept: ActivationStore, name: str) -> Shelf:
     """Made if it is not there."""
-    return kept.shelf(about(name), records=STORE_RECORDS, shape=(6,), dtype=torch.float32)
+    shelf = kept.shelf(contents(name))
+    shelf.shared.make()
+    return shelf
 
 
 def filled(kept: ActivationStore, name: str, used_s: float | None = None) -> Shelf:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Costs:
         bytes: of its record.
         write_bytes_per_s: to the store.
         read_bytes_per_s: from the store.
+        compile_s: until a compiled prefix takes its first sample; 0 for others.
     """
 
     load_s: float
@@ -29,6 +31,7 @@ class Costs:
     bytes: Mapping[int, int]
     write_bytes_per_s: float
     read_bytes_per_s: float
+    compile_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,56 @@ class Decision:
         return self.saved_s > self.build_s
 
 
+@dataclass(frozen=True)
+class CutCost:
+    """What a phase would take if it read from one cut alone, and no other phase shared its records.
+
+    Args:
+        stage: behind the cut, or `head`.
+        build_s: compute and write the records that are missing, once.
+        read_s: read records, in all of the phase.
+        run_on_s: run the frozen stages behind the cut, in all of the phase.
+        bytes: of all records.
+        missing_bytes: of those that are missing.
+        chosen: whether the phase reads from it.
+    """
+
+    stage: str
+    build_s: float
+    read_s: float
+    run_on_s: float
+    bytes: int
+    missing_bytes: int
+    chosen: bool
+
+    @property
+    def total_s(self) -> float:
+        """All of it."""
+        return self.build_s + self.read_s + self.run_on_s
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """What was measured for a decision, as far as it concerns one phase.
+
+    Args:
+        samples: that the phase is given in all, validation included.
+        compute_s: compute its frozen stages for all of them, pictures loaded.
+        room_bytes: that records may take.
+        cuts: that it could read from, in the order of the stages.
+    """
+
+    samples: int
+    compute_s: float
+    room_bytes: float
+    cuts: tuple[CutCost, ...]
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Weighing:
+        """The inverse of `dataclasses.asdict`, also after JSON."""
+        return cls(**plain | {"cuts": tuple(CutCost(**cut) for cut in plain["cuts"])})
+
+
 def epoch_s(costs: Costs, use: Use, cut: int | None) -> float:
     """Seconds that a sample's frozen part takes in training: computed for None, else read and run on from the cut."""
     if cut is None:
@@ -91,7 +144,8 @@ def decide(costs: Costs, uses: Sequence[Use], missing: Mapping[int, int], sample
         new = {cut: 0 if cut in chosen else missing[cut] for cut in missing if cut <= use.frozen}
         fits = [cut for cut in new if not new[cut] or taken + new[cut] * costs.bytes[cut] <= free_bytes]
         times = {cut: use.samples * epoch_s(costs, use, cut) + _write_s(costs, new[cut], cut) for cut in fits}
-        best = min(fits, key=lambda cut: (times[cut], -cut), default=None)
+        built = {cut: pass_s(costs, chosen | {cut}, missing, samples) for cut in fits}
+        best = min(fits, key=lambda cut: (times[cut] + built[cut], -cut), default=None)
         if best is not None and times[best] < use.samples * epoch_s(costs, use, None):
             cuts[use.name] = best
             saved_s += use.samples * epoch_s(costs, use, None) - times[best]
@@ -103,7 +157,45 @@ def pass_s(costs: Costs, cuts: Collection[int], missing: Mapping[int, int], samp
     new = [cut for cut in cuts if missing[cut]]
     if not new:
         return 0.0
-    return samples * costs.load_s + max(missing[cut] for cut in new) * costs.store_s[max(new)]
+    return costs.compile_s + samples * costs.load_s + max(missing[cut] for cut in new) * costs.store_s[max(new)]
+
+
+def weigh(
+    costs: Costs,
+    use: Use,
+    stages: Sequence[str],
+    records: int,
+    missing: Mapping[int, int],
+    samples: int,
+    free_bytes: float,
+    chosen: int | None,
+) -> Weighing:
+    """What `decide` compared, for one phase and each cut alone.
+
+    Args:
+        costs: measured.
+        use: the phase.
+        stages: the names of all, and `head`: by how many stand before.
+        records: of a cut in all.
+        missing: as for `decide`.
+        samples: as for `decide`.
+        free_bytes: as for `decide`.
+        chosen: the cut that the phase reads from, if any.
+    """
+    cuts = []
+    for cut in sorted(cut for cut in missing if cut <= use.frozen):
+        read_s = costs.bytes[cut] / costs.read_bytes_per_s
+        row = CutCost(
+            stage=stages[cut],
+            build_s=pass_s(costs, [cut], missing, samples) + _write_s(costs, missing[cut], cut),
+            read_s=use.samples * read_s,
+            run_on_s=use.samples * (epoch_s(costs, use, cut) - read_s),
+            bytes=records * costs.bytes[cut],
+            missing_bytes=missing[cut] * costs.bytes[cut],
+            chosen=cut == chosen,
+        )
+        cuts.append(row)
+    return Weighing(use.samples, use.samples * epoch_s(costs, use, None), free_bytes, tuple(cuts))
 
 
 def _write_s(costs: Costs, records: int, cut: int) -> float:
@@ -111,9 +203,12 @@ def _write_s(costs: Costs, records: int, cut: int) -> float:
 
 
 def disk_speed(folder: Path, bytes: int = 32 << 20) -> tuple[float, float]:
-    """Bytes per second written to (until they are safe) and read from a folder, by one file of random bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".speed.{secrets.token_hex(4)}"
+    """Bytes per second written to (until they are safe) and read from a folder, by one file of random bytes.
+
+    A folder that is not there yet is not made, for it would lack what `group_writable` grants: that above is measured.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    path = there / f".speed.{secrets.token_hex(4)}"
     content = secrets.token_bytes(bytes)
     try:
         start = time.perf_counter()

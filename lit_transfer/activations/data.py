@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,15 @@ class StoredStream:
     views: Views
     shelves: tuple[Shelf, ...]
 
+    @cached_property
+    def damaged(self) -> dict[int, str]:
+        """Why samples have no values in at least one view, by their places: views may be stored in different passes.
+
+        Raises:
+            CorruptRecord: a part cannot be read.
+        """
+        return {place: reason for shelf in self.shelves for place, reason in shelf.damaged().items()}
+
     def places(self, rows: Rows) -> Rows:
         """Where manifest rows stand on a shelf."""
         return np.searchsorted(self.samples.rows, rows)
@@ -62,6 +72,7 @@ class StoredDataset(SampleDataset):
     ) -> None:
         super().__init__(stored.samples, preprocessing, augment_seed, balance)
         self.stored = stored
+        self._damaged = stored.damaged
 
     def _read(self, rows: Rows, epoch: int, damaged: dict[int, dict[str, Any]]) -> tuple[Rows, dict[str, Tensor]]:
         used = np.array([self._try(int(row), epoch, damaged, self._check)[0] for row in rows])
@@ -79,7 +90,7 @@ class StoredDataset(SampleDataset):
 
     def _check(self, row: int) -> None:
         """Raise what was found wrong with a row's picture when its activations were computed."""
-        reason = self.stored.shelves[0].damaged(int(self.stored.places(np.array([row]))[0]))
+        reason = self._damaged.get(int(self.stored.places(np.array([row]))[0]))
         if reason is not None:
             raise DamagedSample(*self.reader.place(row), reason)
 

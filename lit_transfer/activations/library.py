@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lit_transfer.activations.build import Source, Wanted, build, check_records, record_shape
-from lit_transfer.activations.contents import Contents, read_contents
+from lit_transfer.activations.contents import Contents
 from lit_transfer.activations.data import StoredStream
 from lit_transfer.activations.key import content, description, hash_stages, versions
-from lit_transfer.activations.prefix import Prefix, Recipe, fast_recipe, plain_recipe
+from lit_transfer.activations.prefix import Prefix, Recipe, fast_recipe, is_near, plain_recipe
 from lit_transfer.activations.shelf import Shelf
 from lit_transfer.activations.store import ActivationStore, default_folder
 from lit_transfer.activations.views import View, Views
@@ -57,6 +58,7 @@ class Library:
         self.store = ActivationStore(folder, int(settings.limit_gb * 1e9), settings.group_writable)
         self._hashes = hash_stages(backbone)
         self._plain = plain_recipe(self.device)
+        self._prefixes: list[Prefix] = []
         images = self.images("train" if "train" in inputs else next(iter(inputs)), 1)
         cuts = range(1, len(backbone.stages) + 1)
         outputs = Prefix(backbone, cuts, self._plain, preprocessing.size)(images)
@@ -74,17 +76,36 @@ class Library:
         return int(np.prod(self.shapes[cut])) * self.dtype.itemsize
 
     def recipe(self, cuts: Collection[int]) -> Recipe | None:
-        """How what is there of some cuts was computed, the most complete first; None if nothing is that may be used."""
-        found = [shelf for cut in cuts for shelf in self._known(cut)]
-        found.sort(key=lambda shelf: len(shelf.missing()) / max(1, shelf.parts))
-        return Recipe.from_plain(found[0].description["recipe"]) if found else None
+        """How what is there of some cuts was computed, the most complete first; None if nothing is that may be used.
+
+        A recipe keeps its nearness to fp32 as deep as it was measured; for deeper cuts it is measured again.
+        """
+        found = [(cut, shelf) for cut in cuts for shelf in self._known(cut)]
+        found.sort(key=lambda each: len(each[1].missing()) / max(1, each[1].parts))
+        deepest: dict[Recipe, int] = {}
+        for cut, shelf in found:
+            recipe = Recipe.from_plain(shelf.description["recipe"])
+            deepest[recipe] = max(cut, deepest.get(recipe, 0))
+        return next((r for r, cut in deepest.items() if cut >= max(cuts) or self._is_near(r, max(cuts))), None)
 
     def new_recipe(self, cuts: Collection[int]) -> Recipe:
         """How to compute what is not there yet; measures, unless the settings ask for the plain prefix."""
         if self.settings.prefix == "plain":
             return self._plain
         images = self.images(next(iter(self.inputs)), self._plain.batch)
-        return fast_recipe(self.backbone, sorted(cuts), images, compiled=self.settings.prefix == "compiled")
+        return fast_recipe(self.backbone, max(cuts), images, compiled=self.settings.prefix == "compiled")
+
+    def here(self, recipe: Recipe) -> Recipe:
+        """The recipe as this machine computes it: on another one the bits are others."""
+        return replace(recipe, device=self._plain.device)
+
+    def prefix(self, cuts: Collection[int], recipe: Recipe) -> Prefix:
+        """The frozen stages before some cuts, at least; made once, for to fold and to compile them takes its time."""
+        made = next((p for p in self._prefixes if p.recipe == recipe and {*cuts} <= {*p.cuts}), None)
+        if made is None:
+            made = Prefix(self.backbone, sorted(cuts), recipe, self.preprocessing.size)
+            self._prefixes.append(made)
+        return made
 
     def missing(self, cut: int, recipe: Recipe | None) -> int:
         """Records of a cut, over all streams and views, that are not there under a recipe."""
@@ -94,10 +115,7 @@ class Library:
 
     def room_bytes(self, cuts: Collection[int], recipe: Recipe) -> int:
         """Bytes that could be added to some cuts if all else was evicted that nobody uses."""
-        shelves = self._shelves(cuts, recipe)
-        keys = {shelf.key for shelf in shelves}
-        others = [shelf.shared for shelf in self.store.shelves() if shelf.key not in keys]
-        return self.store.free_bytes(shelves) + sum(o.stored_bytes() for o in others if not o.is_in_use())
+        return self.store.room_bytes(self._shelves(cuts, recipe))
 
     def make_room(self, cuts: Collection[int], recipe: Recipe) -> bool:
         """Evict what was used longest ago until the rest of some cuts fits; False if it never does."""
@@ -108,7 +126,7 @@ class Library:
         """Compute what is missing of some cuts, in one pass over each stream; see `build`."""
         if not any(shelf.missing() for shelf in self._shelves(cuts, recipe)):
             return
-        prefix = Prefix(self.backbone, sorted(cuts), recipe, self.preprocessing.size)
+        prefix = self.prefix(cuts, recipe)
         for name, wanted in self._wanted(cuts, recipe).items():
             build(wanted, self._source(name), prefix, share=share, progress=progress)
 
@@ -131,7 +149,7 @@ class Library:
         Raises:
             UserError: a record is not what its picture gives.
         """
-        prefix = Prefix(self.backbone, [cut], recipe, self.preprocessing.size)
+        prefix = self.prefix([cut], recipe)
         for name, wanted in self._wanted([cut], recipe).items():
             check_records(wanted, self._source(name), prefix, CHECKED_RECORDS)
 
@@ -157,12 +175,14 @@ class Library:
 
     def _shelf(self, samples: Samples, view: View, cut: int, recipe: Recipe) -> Shelf:
         about = description(self._content(samples, view, cut), recipe)
-        contents = Contents(about, len(samples.rows), self.shapes[cut], self.dtype)
-        read_contents(self.store.folder / contents.key)  # refuses one that was changed
-        return Shelf(self.store.folder, contents, self.settings.group_writable)
+        return self.store.shelf(Contents(about, len(samples.rows), self.shapes[cut], self.dtype))
 
     def _content(self, samples: Samples, view: View, cut: int) -> dict[str, Any]:
         return content(self.backbone, cut, self._hashes, samples, self.preprocessing, view)
+
+    def _is_near(self, recipe: Recipe, deepest: int) -> bool:
+        images = self.images(next(iter(self.inputs)), self._plain.batch)
+        return is_near(self.backbone, deepest, recipe, images)
 
     def _known(self, cut: int) -> list[Shelf]:
         """Shelves of a cut that the settings allow to be read."""

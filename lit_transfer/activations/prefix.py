@@ -19,6 +19,7 @@ from lit_transfer.model.network import batch_norms
 
 MIN_COSINE = 0.999
 """Mean cosine with the plain prefix in fp32 that a fast one must keep, at each cut."""
+_COMPARED = 32  # pictures: the outputs of all stages for more of them may be large
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,25 +113,36 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def fast_recipe(backbone: Backbone, cuts: Sequence[int], images: Tensor, *, compiled: bool) -> Recipe:
-    """The fastest way to compute a prefix that keeps `MIN_COSINE`, measured on some images [B, 3, S, S].
+def fast_recipe(backbone: Backbone, deepest: int, images: Tensor, *, compiled: bool) -> Recipe:
+    """The fastest way to compute the first `deepest` stages that keeps `MIN_COSINE`, measured on images [B, 3, S, S].
 
     BatchNorm is folded where the result stays the same within fp32. Stages run in bf16 from the first one on for
-    which the mean cosine at every cut is kept, if that is faster here.
+    which the mean cosine is kept at every cut, also at those that are not asked for yet, if that is faster here.
     """
-    size = images.shape[-1]
+    size, cuts, compared = images.shape[-1], range(1, deepest + 1), images[:_COMPARED]
     recipe = plain_recipe(device_of(backbone))
-    plain = Prefix(backbone, cuts, recipe, size)(images)
+    plain = Prefix(backbone, cuts, recipe, size)(compared)
     network = folded(backbone, size)
-    is_same = _agrees(Prefix(network, cuts, recipe, size)(images), plain, 1e-3)
+    is_same = _agrees(Prefix(network, cuts, recipe, size)(compared), plain)
     network, settled = network if is_same else backbone, replace(recipe, folded=is_same, compiled=compiled)
-    fp32 = Prefix(network, cuts, recipe, size)
-    for name in backbone.stage_names[: max(cuts)]:
-        half = Prefix(network, cuts, replace(recipe, bf16_from=name), size)
-        if min(cosines(half(images), plain).values()) >= MIN_COSINE:
-            is_faster = seconds(half, images) < seconds(fp32, images)
+    fp32 = Prefix(network, [deepest], recipe, size)
+    for name in backbone.stage_names[:deepest]:
+        in_bf16 = replace(recipe, bf16_from=name)
+        if _keeps_cosine(Prefix(network, cuts, in_bf16, size)(compared), plain):
+            is_faster = seconds(Prefix(network, [deepest], in_bf16, size), images) < seconds(fp32, images)
             return replace(settled, bf16_from=name if is_faster else None)
     return settled
+
+
+def is_near(backbone: Backbone, deepest: int, recipe: Recipe, images: Tensor) -> bool:
+    """Whether a recipe keeps what `fast_recipe` does at each cut of the first `deepest` stages, on images [B, 3, S, S].
+
+    What torch.compile makes of it is not looked at.
+    """
+    size, cuts, compared = images.shape[-1], range(1, deepest + 1), images[:_COMPARED]
+    plain = Prefix(backbone, cuts, plain_recipe(device_of(backbone)), size)(compared)
+    given = Prefix(backbone, cuts, replace(recipe, compiled=False), size)(compared)
+    return _keeps_cosine(given, plain) if recipe.bf16_from else _agrees(given, plain)
 
 
 def cosines(outputs: dict[int, Tensor], expected: dict[int, Tensor]) -> dict[int, float]:
@@ -196,7 +208,10 @@ def _fold(network: Backbone, pairs: Sequence[tuple[nn.Conv2d, nn.modules.batchno
         network.set_submodule(paths[norm], nn.Sequential(*norm.children()))
 
 
-def _agrees(outputs: dict[int, Tensor], expected: dict[int, Tensor], tolerance: float) -> bool:
-    return all(
-        float((outputs[cut] - value).norm()) <= tolerance * float(value.norm()) for cut, value in expected.items()
-    )
+def _agrees(outputs: dict[int, Tensor], expected: dict[int, Tensor]) -> bool:
+    """Whether all that differs is how fp32 was rounded."""
+    return all(float((outputs[cut] - value).norm()) <= 1e-3 * float(value.norm()) for cut, value in expected.items())
+
+
+def _keeps_cosine(outputs: dict[int, Tensor], expected: dict[int, Tensor]) -> bool:
+    return min(cosines(outputs, expected).values()) >= MIN_COSINE

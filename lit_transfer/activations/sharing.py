@@ -158,10 +158,11 @@ class SharedFolder:
         """Parts and records of each of EVENTS since the folder was made: `built`, `built_records`, and so on."""
         found = Counter({f"{event}{unit}": 0 for event in EVENTS for unit in ("", "_records")})
         for path in self.path.glob("log-*.jsonl"):
-            for line in path.read_text().splitlines():
-                with suppress(ValueError, TypeError, KeyError):  # a line that a full disk cut off
-                    entry = json.loads(line)
-                    found.update({entry["event"]: 1, f"{entry['event']}_records": entry["records"]})
+            with suppress(FileNotFoundError, PermissionError):  # evicted just now, or another user's own
+                for line in path.read_text().splitlines():
+                    with suppress(ValueError, TypeError, KeyError):  # a line that a full disk cut off
+                        entry = json.loads(line)
+                        found.update({entry["event"]: 1, f"{entry['event']}_records": entry["records"]})
         return dict(found)
 
     def _acquire(self, name: str) -> Lease | None:

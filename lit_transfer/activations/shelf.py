@@ -172,14 +172,17 @@ class Shelf:
             self._read(number, 0, rows[first : first + ROWS_PER_PART])
         return values
 
-    def damaged(self, place: int) -> str | None:
-        """Why a record has no values; None if it has some.
+    def damaged(self) -> dict[int, str]:
+        """Why some records have no values, by their places.
 
         Raises:
-            CorruptRecord: its part cannot be read.
+            CorruptRecord: a part cannot be read.
         """
-        number, row = divmod(place, ROWS_PER_PART)
-        return self._part(number).damaged.get(row)
+        return {
+            part * ROWS_PER_PART + row: reason
+            for part in range(self.parts)
+            for row, reason in self._part(part).damaged.items()
+        }
 
     def verify(self, part: int) -> list[int]:
         """Places in the shelf of a part's wrong records: all if the file cannot be read, none if there is none."""
@@ -254,6 +257,6 @@ class Shelf:
 
     def _corrupt(self, part: int, reason: str) -> CorruptRecord:
         return CorruptRecord(
-            f"{self._path(part)} is damaged: {reason}; remove what is wrong with lit-transfer store verify --remove, "
-            "and it is computed again."
+            f"{self._path(part)} is damaged: {reason}; remove what is wrong with lit-transfer store verify --remove "
+            f"--folder {self.store}, and it is computed again."
         )

@@ -7,16 +7,12 @@ import re
 import shutil
 import time
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from lit_transfer.activations import lease
 from lit_transfer.activations.contents import Contents, read_contents
-from lit_transfer.activations.sharing import EVICTED, folder_bytes
+from lit_transfer.activations.sharing import EVICTED, SharedFolder, folder_bytes
 from lit_transfer.activations.shelf import Shelf
 from lit_transfer.data import cache
 from lit_transfer.errors import UserError
@@ -45,53 +41,28 @@ class ActivationStore:
     group_writable: bool = False
     timeout_s: float = lease.TIMEOUT_S
 
-    def shelf(self, description: dict[str, Any], *, records: int, shape: tuple[int, ...], dtype: torch.dtype) -> Shelf:
-        """The shelf of some records, made if it is not there; it may be half built.
-
-        Args:
-            description: all that decides their values, as JSON can hold it.
-            records: how many.
-            shape: of one.
-            dtype: of them.
+    def shelf(self, contents: Contents) -> Shelf:
+        """The shelf of some records, which may be half built or not be there; nothing is made.
 
         Raises:
             UserError: a shelf of this name says that it is of other records.
-            OSError: it cannot be made.
         """
-        shelf = self._shelf(Contents(description, records, tuple(shape), dtype))
+        shelf = self._shelf(contents)
         read_contents(shelf.folder)
-        shelf.shared.make()
         return shelf
 
-    def find(
-        self, description: dict[str, Any], *, records: int, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> Shelf | None:
-        """The shelf of some records if it is complete; nothing is made. It can be evicted until it is `in_use`.
-
-        Raises:
-            UserError: a shelf of this name says that it is of other records.
-        """
-        shelf = self._shelf(Contents(description, records, tuple(shape), dtype))
-        return None if read_contents(shelf.folder) is None or shelf.missing() else shelf
-
     def shelves(self) -> list[Shelf]:
-        """All shelves, those used longest ago first; what is damaged is left out."""
-        found = []
-        for folder in self._folders():
-            with suppress(UserError):
-                contents = read_contents(folder)
-                found += [self._shelf(contents)] if contents else []
+        """All shelves that can be read, those used longest ago first; what is damaged is left out."""
+        found = [self._shelf(contents) for _, contents in self._folders() if contents]
         return sorted(found, key=lambda shelf: shelf.shared.last_used_s())
 
     def strays(self) -> list[Path]:
         """Folders of the store whose `shelf.json` is missing, or is not what their name is the hash of."""
-        valid = {shelf.folder for shelf in self.shelves()}
-        return [folder for folder in self._folders() if folder not in valid]
+        return [folder for folder, contents in self._folders() if contents is None]
 
-    def remove_stray(self, folder: Path) -> None:
-        """Remove one of `strays`."""
-        assert folder.parent == self.folder
-        shutil.rmtree(folder, ignore_errors=True)
+    def remove_stray(self, folder: Path) -> bool:
+        """Remove one of `strays`; False if a live process uses it, or it is not ours to remove."""
+        return self._shared(folder).evict()
 
     def free_bytes(self, wanted: Collection[Shelf] = ()) -> int:
         """Bytes that fit below the limit and on the disk with nothing evicted; negative above the limit.
@@ -104,6 +75,11 @@ class ActivationStore:
         there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         disk = os.statvfs(there)
         return min(self.limit_bytes - folder_bytes(self.folder), disk.f_bavail * disk.f_frsize) - promised
+
+    def room_bytes(self, wanted: Collection[Shelf] = ()) -> int:
+        """Bytes that would fit if all was evicted that no process may use, but for `wanted`."""
+        others = [folder for folder in self._by_use(wanted) if not folder.is_in_use()]
+        return self.free_bytes(wanted) + sum(folder.stored_bytes() for folder in others)
 
     def make_room(self, needed_bytes: int, wanted: Collection[Shelf] = ()) -> bool:
         """Evict what was used longest ago and no live process uses, until there is room.
@@ -122,47 +98,64 @@ class ActivationStore:
         lacking = needed_bytes - self.free_bytes(wanted)
         if lacking <= 0:
             return True
-        keys = {shelf.key for shelf in wanted}
-        others = [shelf for shelf in self.shelves() if shelf.key not in keys]
+        others = self._by_use(wanted)
         self._settle(others)
-        idle = [(shelf, shelf.shared.stored_bytes()) for shelf in others if not shelf.shared.is_in_use()]
+        idle = [(folder, folder.stored_bytes()) for folder in others if not folder.is_in_use()]
         if sum(size for _, size in idle) < lacking:
             return False
-        for shelf, size in idle:
-            if lacking > 0 and shelf.shared.evict():
+        for folder, size in idle:
+            if lacking > 0 and folder.evict():
                 lacking -= size
         return lacking <= 0
 
-    def prune(self, *, limit_bytes: int | None = None, unused_s: float | None = None) -> list[tuple[Shelf, int]]:
-        """Evict shelves that no live process uses, and return them with their bytes.
+    def prune(self, *, limit_bytes: int | None = None, unused_s: float | None = None) -> list[tuple[str, int]]:
+        """Evict shelves and strays that no live process uses, and return their keys and bytes.
 
         Args:
             limit_bytes: those used longest ago, until all together hold no more than this.
             unused_s: those that were not used for so long; 0 is all.
         """
         self._remove_evicted()
-        shelves = self.shelves()
-        self._settle(shelves)
+        folders = self._by_use()
+        self._settle(folders)
         above = 0 if limit_bytes is None else folder_bytes(self.folder) - limit_bytes
         before_s = 0.0 if unused_s is None else time.time() - unused_s
-        removed: list[tuple[Shelf, int]] = []
-        for shelf in shelves:
-            size = shelf.shared.stored_bytes()
-            is_old = unused_s == 0 or shelf.shared.last_used_s() < before_s
-            if (is_old or above > 0) and shelf.shared.evict():
-                removed.append((shelf, size))
+        removed: list[tuple[str, int]] = []
+        for folder in folders:
+            size = folder.stored_bytes()
+            is_old = unused_s == 0 or folder.last_used_s() < before_s
+            if (is_old or above > 0) and folder.evict():
+                removed.append((folder.path.name, size))
                 above -= size
         return removed
 
     def _shelf(self, contents: Contents) -> Shelf:
         return Shelf(self.folder, contents, self.group_writable, self.timeout_s)
 
-    def _folders(self) -> Iterator[Path]:
-        if self.folder.is_dir():
-            yield from (path for path in self.folder.iterdir() if _KEY.fullmatch(path.name))
+    def _shared(self, folder: Path) -> SharedFolder:
+        return SharedFolder(folder, {}, self.group_writable, self.timeout_s)
 
-    def _settle(self, shelves: Collection[Shelf]) -> None:
-        lease.settle([path for shelf in shelves for path in shelf.shared.leases()], self.timeout_s)
+    def _folders(self) -> Iterator[tuple[Path, Contents | None]]:
+        """Each folder and what is on it, None for a stray; those that others keep for themselves are left out."""
+        folders = self.folder.iterdir() if self.folder.is_dir() else ()
+        for folder in (path for path in folders if _KEY.fullmatch(path.name)):
+            try:
+                contents = read_contents(folder)
+            except UserError:
+                contents = None
+            except PermissionError:
+                continue
+            if folder.is_dir():  # else it was evicted just now
+                yield folder, contents
+
+    def _by_use(self, wanted: Collection[Shelf] = ()) -> list[SharedFolder]:
+        """All folders but those of `wanted`, those used longest ago first."""
+        keys = {shelf.key for shelf in wanted}
+        found = [self._shared(folder) for folder, _ in self._folders() if folder.name not in keys]
+        return sorted(found, key=SharedFolder.last_used_s)
+
+    def _settle(self, folders: Collection[SharedFolder]) -> None:
+        lease.settle([path for folder in folders for path in folder.leases()], self.timeout_s)
 
     def _remove_evicted(self) -> None:
         """What a process left that died while it evicted."""

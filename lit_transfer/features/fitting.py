@@ -13,16 +13,18 @@ import torch
 from numpy.typing import NDArray
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from lit_transfer.blocks import ClassicalHead
-from lit_transfer.errors import require
+from lit_transfer.errors import UserError, require
 from lit_transfer.features.classifiers import CLASSIFIERS, Classifier, Fit, Settings
 from lit_transfer.features.scaling import Matrix, Scaling, fit_projection, fit_scaling
 from lit_transfer.model.classical import Classical, Fitted
 from lit_transfer.objectives.metrics import metric_names, metrics
 
 Classes = NDArray[np.int64]
+Folds = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
+"""Of each fold the places of the samples that are fitted to, and of those that are held out."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Training:
         targets: int64 [N], or of a multilabel dataset float32 [N, L] with NaN for missing.
         weights: of the samples [N], or None for equal ones.
         widths: of the blocks of features.
+        groups: number of the group of each sample [N], which folds keep whole; None if each stands alone.
     """
 
     task: str
@@ -42,6 +45,7 @@ class Training:
     targets: NDArray[np.generic]
     weights: NDArray[np.floating[Any]] | None
     widths: tuple[int, ...]
+    groups: NDArray[np.int64] | None = None
 
     @property
     def columns(self) -> range:
@@ -102,12 +106,14 @@ class FittedHead:
         classifiers: one, or one for each label.
         head: the same in torch.
         seconds: that it took.
+        notes: what else must be known of it.
     """
 
     name: ClassicalHead
     classifiers: tuple[FittedClassifier, ...]
     head: Classical
     seconds: float
+    notes: tuple[str, ...]
 
     @property
     def score(self) -> float:
@@ -121,7 +127,12 @@ def fit_head(name: ClassicalHead, training: Training, choosing: Choosing) -> Fit
     kind = CLASSIFIERS[name]
     fitted = tuple(fit_classifier(kind, training, choosing, column) for column in training.columns)
     head = Classical(training.task, name, [one.parts(kind) for one in fitted])
-    return FittedHead(name, fitted, head.eval(), time.perf_counter() - start)
+    notes = {
+        "did not converge": not all(one.converged for one in fitted),
+        "takes no sample weights": training.weights is not None and not kind.is_weighted,
+    }
+    told = tuple(note for note, holds in notes.items() if holds)
+    return FittedHead(name, fitted, head.eval(), time.perf_counter() - start, told)
 
 
 def why_not_fitted(name: ClassicalHead, samples: int) -> str | None:
@@ -132,24 +143,32 @@ def why_not_fitted(name: ClassicalHead, samples: int) -> str | None:
     return f"{samples} training samples are more than the {most} that it can be fitted to in useful time"
 
 
-def check_targets(task: str, targets: NDArray[np.generic], names: Sequence[str]) -> None:
-    """Refuse a task without classes, or a class that cross-validation would miss.
+def check_targets(
+    task: str, targets: NDArray[np.generic], names: Sequence[str], groups: NDArray[np.int64] | None = None
+) -> None:
+    """Refuse a task without classes, or a class that cross-validation would miss; `groups` as in `Training`.
 
     Raises:
-        UserError: regression, or a class or label with fewer than two training samples.
+        UserError: regression, or a class or label with fewer than two training samples, or groups of them.
     """
+    what = "sample(s)" if groups is None else "group(s) of samples"
     require(
         task != "regression",
         "features: its heads are classifiers, but the dataset is regression; train a head with `lit-transfer train`.",
     )
     for name, column in zip(names, targets.T, strict=True) if task == "multilabel" else ():
         for value, word in ((1, "with"), (0, "without")):
-            count = int((column == value).sum())
-            require(count >= 2, _too_few(f"label {name} has {count} training sample(s) {word} it"))
+            count = _count(column == value, groups)
+            require(count >= 2, _too_few(f"label {name} has {count} training {what} {word} it"))
     if task != "multilabel":
-        counts = np.bincount(targets.astype(np.int64), minlength=len(names))
-        rarest = int(counts.argmin())
-        require(counts[rarest] >= 2, _too_few(f"class {names[rarest]} has {counts[rarest]} training sample(s)"))
+        counts = [_count(targets == place, groups) for place in range(len(names))]
+        rarest = int(np.argmin(counts))
+        require(counts[rarest] >= 2, _too_few(f"class {names[rarest]} has {counts[rarest]} training {what}"))
+
+
+def _count(chosen: NDArray[np.bool_], groups: NDArray[np.int64] | None) -> int:
+    """How many of some samples can stand in different folds."""
+    return int(chosen.sum()) if groups is None else len(np.unique(groups[chosen]))
 
 
 def _too_few(what: str) -> str:
@@ -163,15 +182,14 @@ def fit_classifier(kind: Classifier, training: Training, choosing: Choosing, col
     targets = training.targets[:, column].astype(np.float64)
     known = ~np.isnan(targets)
     weights = None if training.weights is None else training.weights[known]
-    binary = Training("multiclass", training.features[known], targets[known], weights, training.widths)
+    groups = None if training.groups is None else training.groups[known]
+    binary = Training("multiclass", training.features[known], targets[known], weights, training.widths, groups)
     metric = choosing.metric if choosing.metric in metric_names("multiclass", 2) else "accuracy"
     return _fit_classes(kind, binary, targets[known].astype(np.int64), replace(choosing, metric=metric))
 
 
 def _fit_classes(kind: Classifier, training: Training, classes: Classes, choosing: Choosing) -> FittedClassifier:
-    folds = StratifiedKFold(
-        min(choosing.folds, int(np.bincount(classes).min())), shuffle=True, random_state=choosing.seed % 2**32
-    )
+    folds = make_folds(classes, training.groups, choosing)
     settings, score = _choose(kind, training, classes, choosing, folds)
     with warnings.catch_warnings(record=True, action="always") as caught:
         scaling = fit_scaling(training.features, training.widths)
@@ -186,15 +204,36 @@ def _fit_classes(kind: Classifier, training: Training, classes: Classes, choosin
     return FittedClassifier(scaling, Fit(estimator, projection, given, classes), settings, score, converged)
 
 
+def make_folds(classes: Classes, groups: NDArray[np.int64] | None, choosing: Choosing) -> Folds:
+    """Stratified folds, as many as asked for or as the rarest class has samples (or groups) for. No group is torn
+    apart, and every class is among what is fitted to and what is held out.
+
+    Raises:
+        UserError: groups are so made up that there are no such folds.
+    """
+    seed = choosing.seed % 2**32
+    most = min(choosing.folds, *(_count(classes == place, groups) for place in range(classes.max() + 1)))
+    if groups is None:
+        return list(StratifiedKFold(most, shuffle=True, random_state=seed).split(classes, classes))
+    for count in range(most, 1, -1):
+        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+        folds = list(splitter.split(classes, classes, groups))
+        if all(len(np.unique(classes[part])) == classes.max() + 1 for fold in folds for part in fold):
+            return folds
+    raise UserError(
+        f"the {len(np.unique(groups))} groups of the training samples cannot be dealt into 2 folds that have every "
+        "class each; bring more groups, or pack the dataset without them."
+    )
+
+
 def _choose(
-    kind: Classifier, training: Training, classes: Classes, choosing: Choosing, folds: StratifiedKFold
+    kind: Classifier, training: Training, classes: Classes, choosing: Choosing, folds: Folds
 ) -> tuple[Settings, float]:
     """The settings of the largest mean score over folds, the first of equal ones, and that score."""
     features, weights = training.features, training.weights
-    splits = list(folds.split(features, classes))
-    tried = kind.settings(min(len(train) for train, _ in splits), features.shape[1])
-    scores = np.zeros((len(tried), len(splits)))
-    for place, (train, held_out) in enumerate(splits):
+    tried = kind.settings(min(len(train) for train, _ in folds), features.shape[1])
+    scores = np.zeros((len(tried), len(folds)))
+    for place, (train, held_out) in enumerate(folds):
         scaling = fit_scaling(features[train], training.widths)
         given, seen = scaling(features[train]), scaling(features[held_out])
         if kind.components:

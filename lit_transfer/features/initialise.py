@@ -16,7 +16,7 @@ from lit_transfer.data.streams import Samples
 from lit_transfer.errors import require
 from lit_transfer.features.classifiers import CLASSIFIERS, linear_of
 from lit_transfer.features.fitting import Choosing, FittedClassifier, Training, check_targets, fit_classifier
-from lit_transfer.features.table import block_vectors, sound_places
+from lit_transfer.features.table import block_vectors, groups_of, sound_places
 from lit_transfer.model.network import Network
 
 _FOLDS = 5
@@ -54,15 +54,15 @@ def check_start(config: Config, train: Samples) -> None:
     """
     if config.model.head.init == "logistic_regression":
         task, names = train.manifest.task, train.manifest.classes(config.data.label)
-        _check(task, train.targets[train.rows], names)
+        _check(task, train.targets[train.rows], names, groups_of(train, train.rows))
 
 
-def _check(task: str, targets: NDArray[np.generic], names: tuple[str, ...]) -> None:
+def _check(task: str, targets: NDArray[np.generic], names: tuple[str, ...], groups: NDArray[np.int64] | None) -> None:
     require(
         task != "regression",
         "model.head.init logistic_regression needs classes, but the dataset is regression; use random.",
     )
-    check_targets(task, targets, names)
+    check_targets(task, targets, names, groups)
 
 
 def start_of_head(network: Network, config: Config, train: Samples, preprocessing: Preprocessing) -> LinearStart:
@@ -81,7 +81,8 @@ def start_of_head(network: Network, config: Config, train: Samples, preprocessin
     sound = sound_places(len(train.rows), damaged)
     rows = train.rows[sound.numpy()]
     names, task = train.manifest.classes(config.data.label), train.manifest.task
-    return fit_linear_head(task, vectors[sound], train.targets[rows], train.weights[rows], names, config.seed)
+    targets, weights, groups = train.targets[rows], train.weights[rows], groups_of(train, rows)
+    return fit_linear_head(task, vectors[sound], targets, weights, names, config.seed, groups)
 
 
 def fit_linear_head(
@@ -91,6 +92,7 @@ def fit_linear_head(
     weights: NDArray[np.floating[Any]] | None,
     names: tuple[str, ...],
     seed: int,
+    groups: NDArray[np.int64] | None = None,
 ) -> LinearStart:
     """The last layer for which `probabilities` are those of logistic regression on features (Kumar et al. 2022).
 
@@ -104,17 +106,18 @@ def fit_linear_head(
         weights: of the samples [N], or None for equal ones.
         names: of the classes or labels.
         seed: of the folds.
+        groups: of the samples [N], which folds keep whole; None if each stands alone.
 
     Raises:
-        UserError: regression, or a class with fewer than two samples.
+        UserError: regression, or a class with fewer than two samples, or groups of them.
     """
-    _check(task, targets, names)
+    _check(task, targets, names, groups)
     if task == "ordinal":
         classes = targets.astype(np.int64)
         targets = np.stack([classes > k for k in range(len(names) - 1)], 1).astype(np.float32)
     values = features.double().numpy()
     width = (values.shape[1],)
-    training = Training("multiclass" if task == "multiclass" else "multilabel", values, targets, weights, width)
+    training = Training("multiclass" if task == "multiclass" else "multilabel", values, targets, weights, width, groups)
     fitted = [
         fit_classifier(CLASSIFIERS["logistic_regression"], training, Choosing("accuracy", _FOLDS, seed), column)
         for column in training.columns

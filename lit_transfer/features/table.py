@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -100,8 +101,7 @@ def _stored(library: Library, progress: bool) -> dict[str, Vectors]:
 
 
 def _loaded(shelf: Shelf) -> Vectors:
-    reasons = {place: shelf.damaged(place) for place in range(shelf.records)}
-    return shelf.load().float(), {place: reason for place, reason in reasons.items() if reason}
+    return shelf.load().float(), shelf.damaged()
 
 
 def _computed(
@@ -148,6 +148,18 @@ def combine(name: str, samples: Samples, blocks: Sequence[Vectors], norms: Tenso
     require(len(sound) > 0, f"no picture of data.{name} can be decoded; see {quarantine.path}.")
     values = torch.cat([values[sound] / norm for (values, _), norm in zip(blocks, norms, strict=True)], dim=1)
     return Features(samples, samples.rows[sound.numpy()], values)
+
+
+def groups_of(samples: Samples, rows: Rows) -> NDArray[np.int64] | None:
+    """Numbers of the groups of manifest rows [N], of a row without one a number of its own; None if no two share one.
+
+    What stands for one thing, such as the views of one sign, must not be fitted to and held out at once.
+    """
+    known = samples.manifest.table["group"].take(rows).combine_chunks().dictionary_encode()
+    numbers = np.arange(len(rows), dtype=np.int64) + len(known.dictionary)
+    named = known.is_valid().to_numpy(zero_copy_only=False)
+    numbers[named] = known.indices.drop_null().to_numpy()
+    return numbers if len(np.unique(numbers)) < len(numbers) else None
 
 
 def sound_places(count: int, damaged: Mapping[int, str]) -> Tensor:

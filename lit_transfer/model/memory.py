@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 from collections.abc import Iterator
@@ -175,6 +176,18 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a process may still take: of a GPU, or of this machine, all of it where the kernel does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    told = Path("/proc/meminfo")
+    if told.is_file():
+        kib = re.search(r"MemAvailable: +(\d+) kB", told.read_text())
+        assert kib, "Linux tells it"
+        return int(kib[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory_mib() -> float:

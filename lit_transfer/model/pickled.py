@@ -27,6 +27,8 @@ from lit_transfer.errors import UserError
 Array = NDArray[Any]
 
 MAX_INSTRUCTIONS = 10_000  # a dictionary of 8 layers takes some 400
+MAX_SIDES = 8  # a product of thousands of long numbers takes minutes
+MAX_NAME = 256  # so does a long text that is looked at again and again
 
 _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _MAGIC = b"\x93NUMPY\x01\x00"
@@ -136,6 +138,7 @@ class _Array:
                 self.content = held
             case (_, tuple(shape), _Dtype(code=code, order=order), int(fortran), bytes(data)) if code in _NUMBERS:
                 numbers = np.dtype(order + code)
+                _need(len(shape) <= MAX_SIDES, f"an array has {len(shape)} sides, more than {MAX_SIDES}")
                 _need(
                     all(type(side) is int and side > 0 for side in shape), "an array has a side that is not 1 or more"
                 )
@@ -213,7 +216,9 @@ class _Machine:
 
 
 def _text(value: object) -> str:
-    """A text, which is bytes under Python 2."""
+    """A short text, which is bytes under Python 2."""
+    if isinstance(value, bytes | str):
+        _need(len(value) <= MAX_NAME, f"a text of {len(value)} characters stands where a name should")
     if isinstance(value, bytes):
         return value.decode("latin-1")
     if isinstance(value, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,9 @@ class PhaseFiles:
             if best_step is None or path != self._best(best_step):
                 path.unlink()
 
-    def write_best(self, network: nn.Module, step: int) -> None:
+    def write_best(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Keep the weights of a step beside earlier ones, for the last checkpoint may still name those."""
-        _write_weights(self._best(step), network)
+        _write_weights(self._best(step), weights)
 
     def read_best(self, step: int) -> dict[str, Tensor]:
         """The best weights; rank 0 may have finished the phase already, and given them their last name."""
@@ -79,7 +80,7 @@ class PhaseFiles:
 
     def finish(self, network: nn.Module, result: PhaseResult, best_step: int | None) -> None:
         """Write the final weights, give the best ones their lasting name, and leave the mark that the phase is done."""
-        _write_weights(self.folder / "final.safetensors", network)
+        _write_weights(self.folder / "final.safetensors", network.state_dict())
         if best_step is not None and self._best(best_step).is_file():  # else a killed process has renamed it
             self._best(best_step).replace(self.folder / "best.safetensors")
         write_json(self.folder / "done.json", asdict(result))
@@ -107,7 +108,7 @@ class PhaseFiles:
         return self.folder / f"best-{step:08d}.safetensors"
 
 
-def _write_weights(path: Path, network: nn.Module) -> None:
-    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    state = {name: tensor.contiguous() for name, tensor in weights.items()}
     with replacing(path) as temporary:
         temporary.write_bytes(save(state))  # save_file would make it unreadable for the rest of the group

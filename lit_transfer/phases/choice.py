@@ -6,17 +6,17 @@ import errno
 import math
 import os
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_transfer.activations.costs import Costs, Decision, Use, decide, disk_speed
+from lit_transfer.activations.costs import Costs, Decision, Use, Weighing, decide, disk_speed, weigh
 from lit_transfer.activations.library import Library
-from lit_transfer.activations.prefix import Prefix, Recipe, evaluating, seconds
+from lit_transfer.activations.prefix import Recipe, evaluating, seconds
 from lit_transfer.activations.views import Views, train_views
 from lit_transfer.config import Config
 from lit_transfer.data.decode import Preprocessing
@@ -40,23 +40,27 @@ class Choice:
         tapped: cuts that are stored in the same pass, for later phases.
         recipe: of the prefix; None where nothing is stored.
         why: a line for people.
+        weighed: what was measured; None where it is not.
     """
 
     cut: int | None
     tapped: tuple[int, ...]
     recipe: Recipe | None
     why: str
+    weighed: Weighing | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON; `from_plain` reads it."""
         recipe = self.recipe.to_plain() if self.recipe else None
-        return {"cut": self.cut, "tapped": list(self.tapped), "recipe": recipe, "why": self.why}
+        weighed = asdict(self.weighed) if self.weighed else None
+        return {"cut": self.cut, "tapped": list(self.tapped), "recipe": recipe, "why": self.why, "weighed": weighed}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Choice:
-        """The inverse of `to_plain`."""
+        """The inverse of `to_plain`; files of earlier versions have no `weighed`."""
         recipe = Recipe.from_plain(plain["recipe"]) if plain["recipe"] else None
-        return cls(plain["cut"], tuple(plain["tapped"]), recipe, plain["why"])
+        weighed = Weighing.from_plain(plain["weighed"]) if plain.get("weighed") else None
+        return cls(plain["cut"], tuple(plain["tapped"]), recipe, plain["why"], weighed)
 
 
 def frozen_stages(plan: PhasePlan, stages: Sequence[str]) -> int:
@@ -95,19 +99,31 @@ def choose(
     recipe = library.recipe(range(1, uses[0].frozen + 1))
     if job.config.activations.store == "require" or plans[0].phase.heads:  # which train on stored features only
         recipe = recipe or library.new_recipe(cuts)
-        if not library.make_room(cuts, recipe):  # a later phase may have that of this one
-            cuts = cuts[-1:]
-            make_room(library, cuts, recipe)
-        names = ", ".join([*library.backbone.stage_names, "head"][cut] for cut in cuts)
-        return Choice(uses[0].frozen, tuple(cuts[:-1]), recipe, f"stores the activations at {names}")
+        cut, tapped = with_room(library, plans[0].phase, uses[0].frozen, cuts[:-1], recipe)
+        names = ", ".join([*library.backbone.stage_names, "head"][each] for each in (*tapped, cut))
+        return Choice(cut, tapped, recipe, f"stores the activations at {names}")
     return _weigh(job, uses, recipe, library)
 
 
-def make_room(library: Library, cuts: Collection[int], recipe: Recipe) -> None:
-    """Evict until the rest of some cuts fits; raises OSError if it never does."""
-    if not library.make_room(cuts, recipe):
-        limit_gb = library.settings.limit_gb
-        raise OSError(errno.ENOSPC, f"there is no room below activations.limit_gb {limit_gb:g} or on its disk")
+def with_room(
+    library: Library, phase: Phase, cut: int, tapped: Sequence[int], recipe: Recipe
+) -> tuple[int, tuple[int, ...]]:
+    """A phase's cut and those of later phases, as far as there is room; what nobody uses is evicted for them.
+
+    Without room for its own cut a phase reads the deepest one before it that is stored as a whole; `heads` cannot.
+
+    Raises:
+        OSError: there is none.
+    """
+    if library.make_room({cut, *tapped}, recipe):
+        return cut, tuple(tapped)
+    whole = [each for each in range(1, cut) if not phase.heads and not library.missing(each, recipe)]
+    if library.make_room({cut}, recipe):
+        return cut, ()
+    if whole:
+        return max(whole), ()
+    limit_gb = library.settings.limit_gb
+    raise OSError(errno.ENOSPC, f"there is no room below activations.limit_gb {limit_gb:g} or on its disk")
 
 
 def _uses(
@@ -149,12 +165,18 @@ def _weigh(job: Job, uses: Sequence[Use], recipe: Recipe | None, library: Librar
     costs = _costs(library, load_s, compute_s, recipe)
     missing = {cut: library.missing(cut, recipe) for cut in compute_s}
     pictures = sum(len(samples.rows) for samples, _ in library.inputs.values())
-    decision = decide(costs, uses, missing, pictures, library.room_bytes(compute_s, recipe))
+    room_bytes = library.room_bytes(compute_s, recipe)
+    decision = decide(costs, uses, missing, pictures, room_bytes)
     cut = decision.cuts.get(uses[0].name)
     why = _explain(library, decision, costs, uses[0], missing, alone_s)
-    if cut is None or not decision.pays or not library.make_room(set(decision.cuts.values()), recipe):
-        return Choice(None, (), None, f"computes its frozen stages in each epoch; {why}")
-    return Choice(cut, tuple(sorted(set(decision.cuts.values()) - {cut})), recipe, f"reads stored activations; {why}")
+    if cut is not None and not (decision.pays and library.make_room(set(decision.cuts.values()), recipe)):
+        cut = None
+    stages, records = [*library.backbone.stage_names, "head"], library.missing(1, None)
+    weighed = weigh(costs, uses[0], stages, records, missing, pictures, room_bytes, cut)
+    if cut is None:
+        return Choice(None, (), None, f"computes its frozen stages in each epoch; {why}", weighed)
+    tapped = tuple(sorted(set(decision.cuts.values()) - {cut}))
+    return Choice(cut, tapped, recipe, f"reads stored activations; {why}", weighed)
 
 
 def _load_s(job: Job, library: Library) -> float:
@@ -192,10 +214,15 @@ def _costs(library: Library, load_s: float, compute_s: dict[int, float], recipe:
     """The rest of what a decision needs: the prefix as it would be stored, and the disk."""
     deepest = max(compute_s)
     images = library.images("train", recipe.batch)
-    prefix = Prefix(library.backbone, [deepest], recipe, library.preprocessing.size)
-    whole_s = seconds(prefix, images) / len(images)
+    prefix = library.prefix([deepest], recipe)
+    start = time.perf_counter()
+    prefix(images)
+    first_s = time.perf_counter() - start
+    batch_s = seconds(prefix, images)
+    whole_s = batch_s / len(images)
     write, read = disk_speed(library.store.folder)
     return Costs(
+        compile_s=max(0.0, first_s - batch_s) if recipe.compiled else 0.0,
         load_s=load_s,
         compute_s=compute_s,
         store_s={cut: whole_s * value / compute_s[deepest] for cut, value in compute_s.items()},

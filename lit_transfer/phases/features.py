@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +19,9 @@ from lit_transfer.data.plan import PADDING, Batch, Rows, steps_per_epoch
 from lit_transfer.data.samplers import TrainSampler
 from lit_transfer.data.streams import Samples
 from lit_transfer.errors import UserError
+from lit_transfer.model.memory import free_bytes
 
+CPU = torch.device("cpu")
 MEMORY_SHARE = 0.25
 """Of the memory that is free, for features."""
 
@@ -31,63 +31,57 @@ STRETCH_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Features:
-    """What the backbone gives for a stream, in memory, on the device where heads train.
+    """What the backbone gives for a stream, in memory.
 
     Args:
         samples: the stream.
-        views: [N, F] each, in the order of `samples.rows`; heads take them in float32.
+        views: [N, F] each, in the order of `samples.rows`, on the device or on the CPU; heads take them in float32.
         damaged: places of samples without values, in any view.
         view_of: (epoch of the run, manifest rows [B]) -> place in `views` that each row takes [B].
+        device: where heads train.
     """
 
     samples: Samples
     views: tuple[Tensor, ...]
     damaged: frozenset[int]
     view_of: Callable[[int, Rows], NDArray[np.int64]]
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.views[0].device
+    device: torch.device = CPU
 
     def places(self, rows: Rows) -> Rows:
         """Where manifest rows [B] stand in the views."""
         return np.searchsorted(self.samples.rows, rows)
 
     def gather(self, rows: Rows, which: NDArray[np.int64]) -> Tensor:
-        """Features [B, F] of manifest rows [B], each in its view."""
-        places = torch.from_numpy(self.places(rows)).to(self.device)
+        """Features [B, F] of manifest rows [B], each in its view, on the device."""
+        kept_on = self.views[0].device
+        places = torch.from_numpy(self.places(rows)).to(kept_on)
         if len(self.views) == 1:
-            return self.views[0].index_select(0, places).float()
-        gathered = torch.empty(len(rows), self.views[0].shape[1], device=self.device)
+            return self.views[0].index_select(0, places).to(self.device).float()
+        gathered = torch.empty(len(rows), self.views[0].shape[1], device=kept_on)
         for view, values in enumerate(self.views):
-            mine = torch.from_numpy(np.flatnonzero(which == view)).to(self.device)
+            mine = torch.from_numpy(np.flatnonzero(which == view)).to(kept_on)
             gathered[mine] = values.index_select(0, places[mine]).float()
-        return gathered
+        return gathered.to(self.device)
 
 
 def in_memory(streams: Mapping[str, StoredStream], device: torch.device) -> dict[str, Features] | None:
-    """Stored features of each stream, checked, on the device; None if they take over `MEMORY_SHARE` of its memory."""
+    """Stored features of each stream, checked, for heads on a device: in its own memory, where they take at most
+    `MEMORY_SHARE` of what is free, else in that of the CPU; None where they do not fit there, either.
+    """
     needed = sum(shelf.full_bytes for stream in streams.values() for shelf in stream.shelves)
-    if needed > MEMORY_SHARE * _free_bytes(device):
+    kept_on = next((place for place in (device, CPU) if needed <= MEMORY_SHARE * free_bytes(place)), None)
+    if kept_on is None:
         return None
     return {
         name: Features(
             samples=stream.samples,
-            views=tuple(shelf.load().to(device) for shelf in stream.shelves),
-            damaged=frozenset(filter(stream.shelves[0].damaged, range(len(stream.samples.rows)))),
+            views=tuple(shelf.load().to(kept_on) for shelf in stream.shelves),
+            damaged=frozenset(stream.damaged),
             view_of=stream.views.which,
+            device=device,
         )
         for name, stream in streams.items()
     }
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-    assert found, "the kernel tells it"
-    return int(found[1]) * 1024
 
 
 class Part(NamedTuple):

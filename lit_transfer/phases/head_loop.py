@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lit_transfer.model.augment import mix
 from lit_transfer.model.module import LossNotFinite, TransferModule, seed_step
@@ -23,6 +24,9 @@ from lit_transfer.phases.many_heads import ManyHeads
 from lit_transfer.phases.optim import divide_gradients, set_lr
 from lit_transfer.phases.steps import Steps
 from lit_transfer.phases.validation import Validation
+
+BAR_AFTER_S = 1.0
+"""A phase that is over before shows no bar."""
 
 BEAT_S = 60.0
 """Between signs of life to the ranks that wait; a process group gives up after minutes without one."""
@@ -117,28 +121,42 @@ class HeadLoop:
         self.beat, self._beaten = beat, time.monotonic()
         self._losses: list[Tensor] = []  # [copies] of each step since they were last looked at
         self._last_losses: list[float] = []
+        steps.saves_epochs = False
+        self._bar = tqdm(
+            total=steps.plan.max_steps - steps.step,
+            unit="step",
+            desc=f"phase {phase.name}",
+            delay=BAR_AFTER_S,
+            disable=not steps.config.trainer.progress,
+        )
 
     def run(self) -> None:
         """Train to the end of the phase."""
         steps, phase = self.steps, self.steps.plan.phase
         steps.start(self.train.device)
-        for stretch in stretches(
-            self.train,
-            steps.config.data.order,
-            seed=steps.config.seed,
-            global_batch=phase.global_batch,
-            steps=range(steps.step, steps.plan.max_steps),
-            parts=phase.accumulate,
-            first_epoch=steps.recorder.first_epoch,
-        ):
-            steps.recorder.batch_came()
-            for place in range(len(stretch.damaged)):
-                self._step(stretch, place)
+        with self._bar:
+            for stretch in stretches(
+                self.train,
+                steps.config.data.order,
+                seed=steps.config.seed,
+                global_batch=phase.global_batch,
+                steps=range(steps.step, steps.plan.max_steps),
+                parts=phase.accumulate,
+                first_epoch=steps.recorder.first_epoch,
+            ):
+                self._stretch(stretch)
                 if steps.reason:
                     return
-            if self.beat and time.monotonic() - self._beaten > BEAT_S:
-                self.beat()
-                self._beaten = time.monotonic()
+
+    def _stretch(self, stretch: Stretch) -> None:
+        self.steps.recorder.batch_came()
+        for place in range(len(stretch.damaged)):
+            self._step(stretch, place)
+            if self.steps.reason:
+                return
+        if self.beat and time.monotonic() - self._beaten > BEAT_S:
+            self.beat()
+            self._beaten = time.monotonic()
 
     def _step(self, stretch: Stretch, place: int) -> None:
         steps, parts = self.steps, self.steps.plan.phase.accumulate
@@ -150,10 +168,12 @@ class HeadLoop:
         read_share = stretch.read_share[place]
         self._losses.append(losses[0] if parts == read_share == 1 else sum(losses[1:], losses[0]) / read_share)
         self.learner.update(read_share)
+        self._bar.update()
         agreed = steps.requests()
         if steps.step_done(self.optimizer, self._loss, time_is_up=agreed[1]):
             self._validate()
         if steps.reason:
+            self._bar.close()  # or what is printed would stand in its line
             self.learner.finish()
         if steps.saves(agreed):
             self._check_losses()
@@ -209,6 +229,7 @@ class HeadLoop:
         losses = torch.stack(self._losses).view(-1, self.learner.copies)
         self._losses.clear()
         self._last_losses = losses[-1].tolist()
+        self._bar.set_postfix_str(f"loss={self._last_losses[self.learner.leader]:.3f}", refresh=False)
         bad = ~losses.isfinite().any(1)  # heads train apart: one may fail, all may not
         if bad.any():
             first = int(bad.nonzero()[0])

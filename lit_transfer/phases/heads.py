@@ -7,6 +7,7 @@ import torch.distributed as dist
 from lit_transfer.errors import UserError, require
 from lit_transfer.model.module import Stopped, TransferModule
 from lit_transfer.model.network import Network
+from lit_transfer.phases.agreement import check_ranks_equal
 from lit_transfer.phases.features import Features
 from lit_transfer.phases.head_loop import HeadLoop
 from lit_transfer.phases.resume import load_weights
@@ -46,10 +47,13 @@ def train_heads(module: TransferModule, steps: Steps, train: Features | None, va
 
     Raises:
         LossNotFinite: before anything is saved that came of it.
+        RanksDiffer: not all ranks hold what rank 0 has saved.
         Stopped: a signal came.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         (_lead if dist.get_rank() == 0 else _follow)(module, steps, train, val)
+        device = next(module.network.parameters()).device
+        check_ranks_equal(module.network.state_dict(), device, f"phase '{steps.plan.phase.name}'")
     else:
         assert train is not None
         HeadLoop(module, steps, train, val).run()

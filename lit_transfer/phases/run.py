@@ -51,7 +51,8 @@ def run_phases(job: Job, plans: Sequence[PhasePlan], callbacks: Sequence[pl.Call
     Args:
         job: the run.
         plans: its table.
-        callbacks: called beside our own in every phase; each phase is one fit and one epoch of Lightning's.
+        callbacks: called beside our own in every phase that a Trainer runs, as one fit and one epoch of Lightning's;
+            heads on features in memory have none.
 
     Raises:
         Stopped: a signal came; the same command goes on from that step.

@@ -19,7 +19,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lit_transfer.config import Config
 from lit_transfer.errors import require
@@ -102,6 +102,8 @@ class Steps(pl.Callback):
         self.reason: str | None = None
         self.ema: Ema | None = None
         self.heads: dict[str, Any] | None = None  # the state of many (see many_heads.py)
+        self.saves_epochs = True  # not where an epoch is shorter than writing a checkpoint
+        self._best: dict[str, Tensor] = {}  # what the next checkpoint will keep as the best
         self.monitor = Watch(config.monitor)
         self.until = Watch(phase.until.metric, phase.until.min_delta) if phase.until else None
         self.plateau = Watch(args["metric"], args["min_delta"]) if phase.schedule == "plateau" else None
@@ -200,8 +202,7 @@ class Steps(pl.Callback):
         for watch in self._watches().values():
             self._check_finite(watch.metric, values[watch.metric])
         if self.monitor.see(values[self.monitor.metric], self.step) and is_writer:
-            with self.recorder.saving():
-                self.files.write_best(network, self.step)
+            self._keep_best(network)
         if self.ema:
             self.ema.swap()
         if self.plateau:
@@ -214,11 +215,20 @@ class Steps(pl.Callback):
             met = reason_to_end(self.plan.phase.until, self.until, values[self.until.metric])
             self.reason = met or self.reason
 
+    def _keep_best(self, network: nn.Module) -> None:
+        """Keep the weights of this step: on disk, or in memory where epochs are shorter than writing them takes."""
+        if self.saves_epochs:
+            with self.recorder.saving():
+                self.files.write_best(network.state_dict(), self.step)
+        else:
+            self._best = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
+
     def saves(self, agreed: Sequence[bool]) -> bool:
         """Whether the step ends with a checkpoint; `agreed`: what any rank asked for (see `requests`)."""
         stop, _, time_to_save = agreed
         every = self.config.checkpoint.every_steps
-        is_due = self.step % self.plan.steps_per_epoch == 0 or (every is not None and self.step % every == 0)
+        epoch_ends = self.saves_epochs and self.step % self.plan.steps_per_epoch == 0
+        is_due = epoch_ends or (every is not None and self.step % every == 0)
         return is_due or stop or time_to_save or self.reason is not None
 
     def end_step(
@@ -233,6 +243,10 @@ class Steps(pl.Callback):
             self._saved_at = time.monotonic()
             if is_writer:
                 with self.recorder.saving():
+                    if self._best:
+                        assert self.monitor.best_step is not None
+                        self.files.write_best({**module.network.state_dict(), **self._best}, self.monitor.best_step)
+                        self._best = {}
                     self.files.write_last(self.state(module, precision), self.monitor.best_step)
         if agreed[0] and not self.reason:
             raise Stopped

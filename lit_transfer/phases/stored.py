@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -27,7 +27,7 @@ from lit_transfer.data.streams import Samples
 from lit_transfer.errors import UserError, require
 from lit_transfer.files import write_json
 from lit_transfer.phases.checkpoint import PhaseFiles, PhaseResult
-from lit_transfer.phases.choice import Choice, choose, epochs_of, frozen_stages, make_room, views_of, why_not
+from lit_transfer.phases.choice import Choice, choose, epochs_of, frozen_stages, views_of, why_not, with_room
 from lit_transfer.phases.job import Job
 from lit_transfer.phases.table import PhasePlan
 from lit_transfer.phases.trainer import on_all_ranks
@@ -140,17 +140,24 @@ def _settle(
     library: Library,
 ) -> Choice:
     """What the phase reads, written down: rank 0 decides."""
-    path = files.folder / FILE_NAME
-    if steps_done > 0 and path.is_file():
+    choice = read_choice(files) if steps_done > 0 else None
+    if choice:
         # A phase goes on as it was begun: to compute and to read rounded numbers would not give the same weights.
-        choice = Choice.from_plain(json.loads(path.read_text()))
         if choice.cut is not None and choice.recipe is not None:
-            make_room(library, {choice.cut, *choice.tapped}, choice.recipe)
+            recipe = library.here(choice.recipe)  # another machine may have begun it
+            cut, tapped = with_room(library, plans[0].phase, choice.cut, choice.tapped, recipe)
+            choice = replace(choice, cut=cut, tapped=tapped, recipe=recipe)
     else:
         choice = choose(job, plans, before, steps_done, library)
-        write_json(path, choice.to_plain())
+        write_json(files.folder / FILE_NAME, choice.to_plain())
     print(f"phase {plans[0].phase.name}: {choice.why}", flush=True)
     return choice
+
+
+def read_choice(files: PhaseFiles) -> Choice | None:
+    """What a phase has decided in an earlier start; None if nothing was decided."""
+    path = files.folder / FILE_NAME
+    return Choice.from_plain(json.loads(path.read_text())) if path.is_file() else None
 
 
 def _fill(library: Library, choice: Choice, trainer: pl.Trainer, uses: ExitStack) -> Stored | OSError | UserError:

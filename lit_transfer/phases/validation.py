@@ -35,7 +35,7 @@ class Validation:
     def logits(self, head: Callable[[Tensor], Tensor]) -> Tensor:
         """What a function of features [B, F] gives for every sound sample [V, ...], on the CPU."""
         parts = torch.split(self.features.views[0], self.batch)
-        return torch.cat([head(part.float()) for part in parts]).cpu()[self.sound]
+        return torch.cat([head(part.to(self.features.device).float()) for part in parts]).cpu()[self.sound]
 
     def count_damaged(self, step: int) -> None:
         """Count the damaged samples, once at a step of the run.

@@ -87,20 +87,20 @@ def plot_heads(rows: Sequence[HeadRow], metric: str, path: Path) -> None:
     figure = Figure(figsize=(8.4, 1.6 + 0.46 * len(shown)))
     axes = figure.add_subplot()
     looks = {
-        "cv": ("cross-validation", "o", COLOURS[5]),
-        "val": ("validation", "D", COLOURS[0]),
-        "test": ("test", "s", COLOURS[1]),
+        "cv": ("cross-validation", "o", COLOURS[5], 120),  # the largest below, or the same figure would hide it
+        "val": ("validation", "D", COLOURS[0], 48),
+        "test": ("test", "s", COLOURS[1], 22),
     }
     for name, own in values.items():
-        label, marker, colour = looks[name]
+        label, marker, colour, area = looks[name]
         axes.scatter(
-            [own[i] for i in order], range(len(order)), marker=marker, color=colour, s=42, label=label, zorder=3
+            [own[i] for i in order], range(len(order)), marker=marker, color=colour, s=area, label=label, zorder=3
         )
     for y, i in enumerate(order):
         ends = [own[i] for own in values.values()]
         axes.plot([min(ends), max(ends)], [y, y], color="#bbbbbb", linewidth=1.2, zorder=2)
     axes.set_yticks(range(len(order)), [shown[i].head.replace("_", " ") + " *" * shown[i].chosen for i in order])
-    axes.set(xlabel=metric.replace("_", " "), title=f"Heads by {metric.replace('_', ' ')}; * is the run's")
+    axes.set(xlabel=metric.replace("_", " "), title=f"Heads by {metric.replace('_', ' ')}; the one with * is the run's")
     axes.margins(y=0.1)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=3)
     save_figure(figure, path)

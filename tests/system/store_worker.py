@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_transfer.activations import part as part_file
+from lit_transfer.activations.contents import Contents
 from lit_transfer.activations.shelf import ROWS_PER_PART, Shelf
 from lit_transfer.activations.store import ActivationStore
 
@@ -25,7 +26,9 @@ def open_store(folder: Path, timeout_s: float) -> ActivationStore:
 
 def open_shelf(store: ActivationStore, name: str = "one", records: int = RECORDS) -> Shelf:
     """Made if it is not there."""
-    return store.shelf({"name": name}, records=records, shape=(WIDTH,), dtype=torch.float32)
+    shelf = store.shelf(Contents({"name": name}, records, (WIDTH,), torch.float32))
+    shelf.shared.make()
+    return shelf
 
 
 def right() -> Tensor:

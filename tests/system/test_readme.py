@@ -31,20 +31,23 @@ def test_the_tree_names_every_file_and_no_other() -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """A folder as a newcomer has it, with the quickstart made short, and pictures of their own."""
+    """A folder as a newcomer has it, with the runs made short, and pictures of their own."""
     folder = tmp_path / "newcomer"
     for file in (ROOT / "configs").rglob("*.yaml"):
         copy = folder / file.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(file.read_text())
-    quickstart = folder / "configs" / "quickstart.yaml"
-    plain = yaml.safe_load(quickstart.read_text())
-    for split, stream in plain["data"].items():
-        if isinstance(stream, dict):
-            stream["fraction"] = {"train": 0.01, "val": 0.05, "test": 0.05}[split]
-    plain["phases"] |= {"head_epochs": 1, "thaw_epochs": 1, "global_batch": 8, "warmup_steps": 0}
-    plain["image"]["size"] = 64
-    quickstart.write_text(yaml.safe_dump(plain))
+    for name, train in (("quickstart", 0.01), ("features/elpv_lite0", 0.03)):
+        config = folder / "configs" / f"{name}.yaml"
+        plain = yaml.safe_load(config.read_text())
+        for split, stream in plain["data"].items():
+            if isinstance(stream, dict):
+                stream["fraction"] = {"train": train, "val": 0.05, "test": 0.05}[split]
+        if "phases" in plain:
+            plain["phases"] |= {"head_epochs": 1, "thaw_epochs": 1, "global_batch": 8, "warmup_steps": 0}
+        for place in (plain["image"], *plain.get("backbones", [])):
+            place["size"] = 64
+        config.write_text(yaml.safe_dump(plain))
     for name in ("sound", "cracked"):
         for i in range(12):
             picture = folder / "pictures" / name / f"{i}.png"
@@ -66,7 +69,8 @@ def test_every_command_runs_and_then_the_python(workplace: Path) -> None:
     program = str(Path(sys.executable).parent / "lit-transfer")
     for line in COMMANDS:
         run(program, *shlex.split(line.split("   #")[0])[1:])
-    assert (workplace / "runs" / "quickstart" / "summary.json").is_file()
+    for name in ("quickstart", "elpv_lite0"):
+        assert (workplace / "runs" / name / "summary.json").is_file()
     assert (workplace / "predictions.csv").read_text().count("\n") == 25
 
     Image.effect_noise((300, 300), 30).save(workplace / "cell.png")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from digits import digits
+from digits import digits, finished_run
 from stored_runs import (
     EXACT,
     FLIPS,
@@ -30,6 +30,7 @@ from stored_runs import (
 
 from lit_transfer.activations.library import Library
 from lit_transfer.activations.prefix import Recipe
+from lit_transfer.config import Config
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.launch import main
 
@@ -142,6 +143,33 @@ def test_auto_stores_where_that_pays_and_says_why(
     # 7 s for each of 2 epochs of 64 + 32 samples, and 5 s in the later phase.
     told = "at head: building 0 s (96 records, 0 MB), which saves 2304 s of this and later phases"
     assert told in capsys.readouterr().out
+
+
+def pictures(config: Config) -> set[str]:
+    """Of the run as a whole."""
+    return {path.name for path in (config.run_dir / "report").glob("*.png")}
+
+
+def test_what_was_measured_stays_with_the_decision_and_is_drawn(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storing_pays(monkeypatch)
+    config = configured(manifest, tmp_path, "auto", [HEAD, TOP], EXACT | {"store": "auto"})
+    finished_run(config)
+    head, top = (choices(config)[name]["weighed"] for name in ("head", "top"))
+    assert head["samples"] == 2 * 96 and head["compute_s"] == pytest.approx(2 * 96 * FROZEN)
+    assert [cut["stage"] for cut in head["cuts"] if cut["chosen"]] == ["head"] and len(head["cuts"]) == FROZEN
+    assert head["cuts"][-1]["bytes"] == head["cuts"][-1]["missing_bytes"] == 96 * 256 * 4
+    assert [cut["run_on_s"] for cut in head["cuts"]] == pytest.approx([2 * 96 * left for left in range(6, -1, -1)])
+    assert [cut["chosen"] for cut in top["cuts"]] == [False] * 4 + [True] and top["cuts"][-1]["missing_bytes"] == 0
+    assert pictures(config) == {"activations_head.png", "activations_top.png"}
+
+
+def test_of_what_was_not_measured_there_is_no_picture(manifest: Manifest, tmp_path: Path) -> None:
+    config = configured(manifest, tmp_path, "required", [HEAD], EXACT)
+    finished_run(config)
+    assert cuts(config) == {"head": FROZEN} and choices(config)["head"]["weighed"] is None
+    assert pictures(config) == set()
 
 
 def test_auto_stores_in_the_place_of_what_nobody_uses(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from digits import digits
 from packing import damage
 from stored_runs import (
@@ -33,7 +34,9 @@ from stored_runs import (
 )
 from test_kill import assert_same_run, run_jobs
 
+from lit_transfer.activations.prefix import plain_recipe
 from lit_transfer.activations.shelf import Shelf
+from lit_transfer.activations.store import ActivationStore
 from lit_transfer.config import Config
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.errors import UserError
@@ -103,6 +106,16 @@ def test_later_phases_are_left_out_where_only_this_one_fits(manifest: Manifest, 
     assert choices(small)["head"]["tapped"] == [] and cuts(small) == {"head": FROZEN, "top": FROZEN - 2}
 
 
+def test_without_room_for_its_own_cut_a_phase_reads_a_shallower_one_that_is_there(
+    manifest: Manifest, tmp_path: Path
+) -> None:
+    limit_gb = 96 * 256 * 4 * 0.9 / 1e9  # less than the features take
+    ran(configured(manifest, tmp_path, "top", [TOP], EXACT))
+    small = configured(manifest, tmp_path, "small", [HEAD], EXACT | {"limit_gb": limit_gb})
+    assert_same(ran(small), ran(configured(manifest, tmp_path, "off", [HEAD], OFF)))
+    assert cuts(small) == {"head": FROZEN - 2}
+
+
 def test_a_corrupted_record_is_computed_again(
     manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +154,41 @@ def test_damaged_pictures_are_replaced_and_listed_as_without_a_store(tmp_path: P
     strict = replace(stored, name="strict", data=replace(stored.data, max_bad_fraction=0.0))
     with pytest.raises(UserError, match=r"1 of the 64 samples of data.train are damaged"):
         ran(strict)
+
+
+@pytest.mark.parametrize("row", [HEAD, TOP], ids=lambda row: row["name"])
+def test_what_a_phase_reads_is_not_evicted_while_it_runs(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: dict[str, Any]
+) -> None:
+    store, left, real = ActivationStore(tmp_path / "store", limit_bytes=0), [], PhaseFiles.write_last
+
+    def write(files: PhaseFiles, *arguments: Any) -> None:
+        real(files, *arguments)
+        assert store.prune(unused_s=0) == [] and not store.make_room(1)
+        left.append(len(store.shelves()))
+
+    monkeypatch.setattr(PhaseFiles, "write_last", write)
+    ran(configured(manifest, tmp_path, "run", [row], EXACT))
+    assert left and set(left) == {2}
+    assert len(store.prune(unused_s=0)) == 2, "until it ends"
+
+
+def test_a_store_is_the_groups_also_where_the_disk_was_measured_first(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_transfer.phases.choice._WORTH_MEASURING_S", 0.0)
+    monkeypatch.setattr("lit_transfer.activations.costs.Decision.pays", True)
+    config = configured(manifest, tmp_path, "run", [HEAD], {"store": "auto", "group_writable": True})
+    config = replace(config, activations=replace(config.activations, folder=str(tmp_path / "team" / "store")))
+    umask = os.umask(0o077)
+    try:
+        ran(config)
+    finally:
+        os.umask(umask)
+    assert cuts(config)["head"] is not None
+    found = [tmp_path / "team", *(tmp_path / "team").rglob("*")]
+    assert {path.stat().st_mode & 0o7777 for path in found if path.is_dir()} == {0o2775}
+    assert {path.stat().st_mode & 0o7777 for path in found if path.is_file()} == {0o664}
 
 
 # Stopped and killed
@@ -195,6 +243,21 @@ def test_a_phase_goes_on_from_what_it_began_with(
     assert_same(ran(config), uninterrupted)
     assert choices(config) == decided
     assert counts(tmp_path)["built"] == (2 + 1 if pruned else 3 + 1)
+
+
+def test_a_phase_that_goes_on_on_another_machine_stores_under_its_name(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Left
+) -> None:
+    """What it computes has the bits of that machine; who is on the first one must not take them for its own."""
+    config = to_be_killed(manifest, tmp_path)
+    killed_after(config, 3, monkeypatch)
+    path = config.run_dir / "checkpoints" / "top" / "activations.json"
+    decided = json.loads(path.read_text())
+    decided["recipe"]["device"] = "cpu of another kind"
+    path.write_text(json.dumps(decided))
+    assert_same(ran(config), uninterrupted)
+    shelves = ActivationStore(tmp_path / "store", limit_bytes=0).shelves()
+    assert {shelf.description["recipe"]["device"] for shelf in shelves} == {plain_recipe(torch.device("cpu")).device}
 
 
 def test_a_phase_that_began_to_compute_does_not_read_later(

@@ -13,12 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from shelves import STORE_BYTES as SIZE
-from shelves import STORE_RECORDS as RECORDS
-from shelves import about, cuts, filled, open_shelf
+from shelves import contents, cuts, filled, open_shelf
 
 from lit_transfer.activations import lease, store
+from lit_transfer.activations.contents import Contents
 from lit_transfer.activations.lease import Holder
 from lit_transfer.activations.sharing import ABOUT
 from lit_transfer.activations.shelf import Shelf
@@ -37,32 +36,67 @@ def foreign_lease(shelf: Shelf, name: str) -> None:
     (shelf.folder / name).write_text(json.dumps(asdict(Holder("far", "another", 1, "1", "x"))))
 
 
-def test_a_shelf_is_found_when_it_is_complete(kept: ActivationStore) -> None:
-    def find(**other: Any) -> Shelf | None:
-        return kept.find(about("a"), **{"records": RECORDS, "shape": (6,), "dtype": torch.float32} | other)
-
-    assert find() is None and not kept.folder.exists() and kept.shelves() == [] and kept.strays() == []
-    made = open_shelf(kept, "a")
-    made.write(0, torch.ones(256, 6), {})
-    assert find() is None, "half built"
-    made.write(1, torch.ones(44, 6), {})
-    assert find() == made == open_shelf(kept, "a") and kept.shelves() == [made]
-    assert find(dtype=torch.float16) is None and find(records=299) is None
-    assert len([*kept.folder.iterdir()]) == 1, "to look makes nothing"
+def test_to_look_makes_nothing(kept: ActivationStore) -> None:
+    looked_at = kept.shelf(contents("a"))
+    assert looked_at.missing() == [0, 1] and kept.shelves() == [] and kept.strays() == []
+    assert not kept.folder.exists()
+    assert filled(kept, "a") == looked_at and looked_at.missing() == [] and kept.shelves() == [looked_at]
 
 
 def test_a_shelf_that_says_it_is_another(kept: ActivationStore) -> None:
     made = filled(kept, "a")
     text = (made.folder / ABOUT).read_text()
     (made.folder / ABOUT).write_text(text.replace('"a"', '"b"'))
-    for action in (lambda: open_shelf(kept, "a"), lambda: kept.find(**wanted("a"))):
-        with pytest.raises(UserError, match="is not what the name of its folder stands for"):
-            action()
+    with pytest.raises(UserError, match="is not what the name of its folder stands for"):
+        kept.shelf(contents("a"))
     assert kept.shelves() == [] and kept.strays() == [made.folder]
 
 
-def wanted(name: str) -> dict[str, Any]:
-    return {"description": about(name), "records": RECORDS, "shape": (6,), "dtype": torch.float32}
+def test_a_stray_is_evicted_as_all_else_is(kept: ActivationStore) -> None:
+    """It takes room, and who uses it keeps it."""
+    strays = [filled(kept, name, used_s=100.0 * age) for age, name in enumerate("abc")]
+    filled(kept, "d")
+    with strays[0].in_use():
+        for stray in strays:
+            (stray.folder / ABOUT).write_text("{}")
+            os.utime(stray.folder / ABOUT, (1, 1))
+        assert not kept.remove_stray(strays[0].folder) and len(kept.strays()) == 3
+        assert kept.remove_stray(strays[1].folder) and len(kept.strays()) == 2
+        just = ActivationStore(kept.folder, limit_bytes=store.folder_bytes(kept.folder))
+        assert just.room_bytes() == store.folder_bytes(strays[2].folder) + store.folder_bytes(kept.shelves()[0].folder)
+        assert just.make_room(SIZE) and kept.strays() == [strays[0].folder] and cuts(kept) == ["d"]
+    os.utime(strays[0].folder / ABOUT, (1, 1))
+    assert [key for key, _ in kept.prune(unused_s=1000)] == [strays[0].key] and cuts(kept) == ["d"]
+
+
+def test_a_shelf_that_is_made_during_a_look_is_no_stray(kept: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(kept, "a")
+    real = store.read_contents
+
+    def read(folder: Path) -> Contents | None:
+        monkeypatch.setattr(store, "read_contents", real)
+        filled(kept, "b")
+        return real(folder)
+
+    monkeypatch.setattr(store, "read_contents", read)
+    assert kept.strays() == []
+
+
+def test_what_another_user_keeps_for_himself_is_left_alone(
+    kept: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private, real = filled(kept, "a"), Path.read_text
+    filled(kept, "b")
+
+    def read_text(path: Path, *settings: Any, **more: Any) -> str:
+        if path.parent == private.folder:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, *settings, **more)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert cuts(kept) == ["b"] and kept.strays() == []
+    assert kept.make_room(1) and not ActivationStore(kept.folder, limit_bytes=0).make_room(1)
+    assert len(kept.prune(unused_s=0)) == 1 and private.missing() == []
 
 
 def test_a_maker_that_died_is_helped_out(kept: ActivationStore) -> None:
@@ -107,7 +141,7 @@ def test_what_is_used_or_built_or_wanted_stays(tmp_path: Path) -> None:
         just = ActivationStore(tmp_path, limit_bytes=store.folder_bytes(tmp_path) + built.missing_records() * 32)
         assert just.make_room(idle.shared.stored_bytes(), [wanted])
         assert sorted(cuts(kept)) == ["built", "used", "wanted"]
-        assert [shelf for shelf, _ in kept.prune(unused_s=0)] == [wanted]
+        assert [key for key, _ in kept.prune(unused_s=0)] == [wanted.key]
     assert len(kept.prune(unused_s=0)) == 2 and cuts(kept) == []
 
 
@@ -157,7 +191,7 @@ def test_another_hosts_use_is_watched_before_it_counts_as_over(kept: ActivationS
     foreign_lease(made, "user-x.lease")
     assert made.shared.is_in_use()
     start = time.monotonic()
-    assert [shelf for shelf, _ in kept.prune(unused_s=0)] == [made]
+    assert [key for key, _ in kept.prune(unused_s=0)] == [made.key]
     assert time.monotonic() - start >= TIMEOUT_S
     foreign_lease(filled(kept, "b"), "user-y.lease")
     assert ActivationStore(kept.folder, SIZE, timeout_s=TIMEOUT_S).make_room(SIZE) and cuts(kept) == []
@@ -240,7 +274,7 @@ def test_prune(kept: ActivationStore, asked: dict[str, Any], left: str) -> None:
     filled(kept, "b")
     removed = kept.prune(**asked)
     assert cuts(kept) == [*left]
-    assert [shelf for shelf, _ in removed] == ([] if "a" in left else [first])
+    assert [key for key, _ in removed] == ([] if "a" in left else [first.key])
     assert all(SIZE < size < 2 * SIZE for _, size in removed)
 
 

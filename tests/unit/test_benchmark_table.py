@@ -36,7 +36,7 @@ def cells(text: str, name: str) -> list[str]:
 
 def test_the_page_is_what_the_results_give(table: ModuleType) -> None:
     page = (BENCHMARKS / "README.md").read_text()
-    assert page == table.with_table(page, BENCHMARKS / "results"), "run `python benchmarks/table.py`"
+    assert page == table.with_tables(page, BENCHMARKS / "results"), "run `python benchmarks/table.py`"
 
 
 def test_files_of_a_machine_share_a_column_and_missed_aims_are_told(table: ModuleType, tmp_path: Path) -> None:
@@ -63,3 +63,22 @@ def test_a_result_names_its_machine_and_every_figure_is_one_of_the_table(
     assert capsys.readouterr().out == "loop_over_bare 1.300 (aim 1.25 or less, missed)\n"
     with pytest.raises(AssertionError, match="stored_epochs"):
         table.write_result("store", {"stored_epochs": 1.3}, {})
+
+
+def test_a_result_without_ratios_has_no_column_but_views_have_a_table(table: ModuleType, tmp_path: Path) -> None:
+    assert table.views_tables(tmp_path) == "Not measured."
+    rows = [
+        {"seed": seed, "accuracy": accuracy, "auroc": 0.9, "val_auroc": 0.93, "seconds": seconds, "building_s": 20.4}
+        for seed, accuracy, seconds in ((0, 0.85, 100.0), (1, 0.87, 130.4))
+    ]
+    result = {"hardware": CPU, "versions": {}, "ratios": {}, "measured": {"runs": {"views 4": rows}}}
+    (tmp_path / f"views-{CPU}.json").write_text(json.dumps(result))
+    assert table.machines(tmp_path) == {}
+    text = table.views_tables(tmp_path)
+    assert "| views 4 | 2 | 0.8600 (0.8500 to 0.8700) | 0.9000 (0.9000 to 0.9000) |" in text
+    assert "| 115 (100 to 130) | 20 (20 to 20) |" in text
+    assert f"(results/views-{CPU}.png)" in text
+    page = f"# Top\n{table.BEGIN}old{table.END}\nbetween\n{table.VIEWS_BEGIN}old{table.VIEWS_END}\nend\n"
+    made = table.with_tables(page, tmp_path)
+    assert text in made and "old" not in made and "\nbetween\n" in made and made.endswith("end\n")
+    assert table.with_tables(made, tmp_path) == made

@@ -236,6 +236,7 @@ def array(shape: bytes, code: bytes = b"f4", data: bytes = b"U\x04abcd", parts: 
 
 
 HUGE = b"\x8a\x08" + (2**62).to_bytes(8, "little")
+LONGEST = b"\x8a\xff" + b"\x7f" * 255
 DEEP = b")" + b"\x85" * 5000
 
 
@@ -248,6 +249,9 @@ DEEP = b")" + b"\x85" * 5000
         (array(HUGE + b"K\x00\x86", data=b"U\x00"), "a side that is not 1 or more"),
         (array(b"\x88\x85"), "a side that is not 1 or more"),
         (array(DEEP), "a side that is not 1 or more"),
+        (array(b"(" + b"K\x01" * 9 + b"t"), "an array has 9 sides, more than 8"),
+        (array(b"(" + LONGEST + b"q\x01" + b"h\x01" * 9900 + b"t"), "an array has 9901 sides, more than 8"),
+        (b"\x80\x02}T\x01\x01\x00\x00" + b"a" * 257 + b"Ns.", "a text of 257 characters stands where a name should"),
         (array(b"K\x02\x85"), "an array of 4 bytes says that its shape is .2,. and its type f4"),
         (array(b"K\x01\x85", data=b"]NaK\x01a"), "neither one of numbers nor without dimensions"),
         (array(b"K\x01\x85", data=b"K\x04"), "neither one of numbers nor without dimensions"),

@@ -42,9 +42,9 @@ def test_a_write_that_is_interrupted_leaves_the_old_checkpoint(tmp_path: Path, m
 
 def test_best_weights_stay_until_the_checkpoint_names_others(tmp_path: Path) -> None:
     files = PhaseFiles(tmp_path / "a")
-    files.write_best(network(1), 3)
+    files.write_best(network(1).state_dict(), 3)
     files.write_last({}, 3)
-    files.write_best(network(2), 12)
+    files.write_best(network(2).state_dict(), 12)
     assert {"best-00000003.safetensors", "best-00000012.safetensors"} <= names(files), "last.ckpt still names step 3"
     files.write_last({}, 12)
     assert names(files) == {"last.ckpt", "best-00000012.safetensors"}
@@ -54,7 +54,7 @@ def test_best_weights_stay_until_the_checkpoint_names_others(tmp_path: Path) -> 
 def test_a_finished_phase_leaves_its_final_and_best_weights_and_a_mark(tmp_path: Path) -> None:
     files = PhaseFiles(tmp_path / "a")
     assert files.result() is None
-    files.write_best(network(1), 3)
+    files.write_best(network(1).state_dict(), 3)
     files.write_last({}, 3)
     files.finish(network(2), RESULT, 3)
     assert names(files) == {"last.ckpt", "best.safetensors", "final.safetensors", "done.json"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lit_transfer.activations import costs as costs_module
-from lit_transfer.activations.costs import Costs, Use, decide, disk_speed, epoch_s, pass_s
+from lit_transfer.activations.costs import Costs, Use, decide, disk_speed, epoch_s, pass_s, weigh
 
 COSTS = Costs(
     load_s=0.001,
@@ -54,6 +54,13 @@ def test_one_epoch_computes() -> None:
     assert decide(replace(COSTS, store_s=COSTS.compute_s), [head(2)], MISSING, SAMPLES, ROOM).pays
 
 
+def test_a_prefix_must_earn_its_compiling() -> None:
+    costs = replace(COSTS, store_s=COSTS.compute_s, compile_s=10)
+    assert not decide(costs, [head(2)], MISSING, SAMPLES, ROOM).pays  # 8 s saved
+    assert decide(costs, [head(4)], MISSING, SAMPLES, ROOM).pays
+    assert decide(costs, [head(1)], dict.fromkeys((1, 2, 3), 0), SAMPLES, ROOM).pays, "nothing is to be compiled"
+
+
 def test_several_views_of_each_picture_are_computed_and_loaded_once() -> None:
     missing = dict.fromkeys((1, 2, 3), 8 * SAMPLES)
     decision = decide(COSTS, [head(20)], missing, SAMPLES, ROOM)
@@ -92,6 +99,12 @@ def test_records_that_are_there_are_read_where_others_would_have_to_be_made() ->
         assert decide(costs, [head(epochs)], MISSING | {2: 0}, SAMPLES, ROOM).cuts == {"head": cut}
 
 
+def test_one_epoch_reads_what_is_there_and_does_not_build_deeper_records() -> None:
+    """It takes 6 s from the second cut; a pass for the third would take as long as computing."""
+    decision = decide(replace(COSTS, store_s=COSTS.compute_s), [head(1)], MISSING | {2: 0}, SAMPLES, ROOM)
+    assert decision.cuts == {"head": 2} and decision.pays
+
+
 def test_half_of_the_records_take_half_of_the_work() -> None:
     half = decide(COSTS, [head(20)], MISSING | {3: 500}, SAMPLES, ROOM)
     assert half.build_s == pytest.approx(1000 * 0.001 + 500 * 0.0035)
@@ -126,12 +139,37 @@ def test_a_pass_goes_as_deep_as_what_is_missing() -> None:
     assert pass_s(COSTS, set(), MISSING, SAMPLES) == 0
 
 
+def test_what_was_compared_is_told_for_each_cut() -> None:
+    stages, missing = ["a", "b", "c", "head"], MISSING | {1: 0, 3: 500}
+    weighed = weigh(COSTS, top(20), stages, SAMPLES, missing, SAMPLES, ROOM, chosen=2)
+    assert weighed.samples == 20_000 and weighed.room_bytes == ROOM
+    assert weighed.compute_s == pytest.approx(20 * (1 + 3))
+    first, second = weighed.cuts  # nothing of the last stage, which the phase trains
+    assert (first.stage, first.chosen, second.stage, second.chosen) == ("b", False, "c", True)
+    assert (first.bytes, first.missing_bytes, second.missing_bytes) == (4_000_000, 0, 2_000_000)
+    assert (first.build_s, first.read_s, first.run_on_s) == pytest.approx((0, 20 * 4, 20 * 2))
+    assert (second.build_s, second.read_s, second.run_on_s) == pytest.approx((1 + 1.5 + 2, 20 * 2, 0))
+    deepest = weigh(COSTS, head(20), stages, SAMPLES, missing, SAMPLES, ROOM, chosen=None).cuts[2]
+    assert (deepest.stage, deepest.bytes, deepest.missing_bytes) == ("head", 100_000, 50_000)
+    assert deepest.build_s == pytest.approx(1 + 500 * 0.0035 + 0.05)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 20])
+def test_a_single_phase_reads_what_is_told_to_be_faster(epochs: int) -> None:
+    costs = replace(COSTS, store_s=COSTS.compute_s)
+    decision = decide(costs, [head(epochs)], MISSING, SAMPLES, ROOM)
+    weighed = weigh(costs, head(epochs), ["a", "b", "c", "head"], SAMPLES, MISSING, SAMPLES, ROOM, chosen=None)
+    total_s = weighed.cuts[decision.cuts["head"] - 1].total_s
+    assert total_s == pytest.approx(weighed.compute_s - decision.saved_s + decision.build_s)
+    assert decision.pays == (total_s < weighed.compute_s)
+
+
 def test_the_speed_of_a_disk_is_bytes_over_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 10.5, 10.6, 10.6])
     monkeypatch.setattr(costs_module.time, "perf_counter", lambda: next(times))
     write, read = disk_speed(tmp_path / "new", bytes=1000)
     assert write == pytest.approx(2000) and read == pytest.approx(10000)
-    assert list((tmp_path / "new").iterdir()) == []
+    assert list(tmp_path.iterdir()) == [], "who stores something makes the folder, as all who share it may use it"
 
 
 def test_a_full_disk_leaves_nothing_of_the_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,7 @@ def test_a_finished_run_has_its_figures_pictures_and_model(
     for split in ("val", "test"):
         names = {path.stem for path in (folder / "report" / split).glob("*.png")}
         assert names == PICTURES["multiclass"] | {"curves"}
+    assert not list((folder / "report").glob("*.png")), "nothing was measured of the store"
     model = load(folder)
     assert model.threshold == summary["threshold"] and len(model.threshold or []) == 1
     provenance = model.info.provenance

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import get_args
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from lit_transfer.blocks import ClassicalHead
+from lit_transfer.comparison import choose
 from lit_transfer.errors import UserError
 from lit_transfer.features.classifiers import CLASSIFIERS
 from lit_transfer.features.fitting import Choosing, Training, check_targets, fit_head, why_not_fitted
@@ -114,10 +116,10 @@ def test_every_kind_of_head_is_judged_by_the_figure_that_was_asked_for() -> None
 def test_sample_weights_are_used_where_a_kind_takes_them(name: ClassicalHead) -> None:
     weights = np.where(training().targets == 0, 50.0, 1.0)
     x, _ = features(48, seed=1)
-    plain, weighted = (
-        fit_head(name, training(weights=own), CHOOSING).classifiers[0].probabilities(x)[:, 0].mean()
-        for own in (None, weights)
-    )
+    both = [fit_head(name, training(weights=own), CHOOSING) for own in (None, weights)]
+    plain, weighted = (fitted.classifiers[0].probabilities(x)[:, 0].mean() for fitted in both)
+    told = "takes no sample weights"
+    assert told not in both[0].notes and (told in both[1].notes) != CLASSIFIERS[name].is_weighted
     assert (weighted > plain + 0.05) == CLASSIFIERS[name].is_weighted
     assert (weighted == plain) != CLASSIFIERS[name].is_weighted
 
@@ -184,4 +186,18 @@ def test_an_optimizer_that_was_stopped_is_told(monkeypatch: pytest.MonkeyPatch) 
     assert fit_head("logistic_regression", training(), CHOOSING).classifiers[0].converged
     short = replace(CLASSIFIERS["logistic_regression"], make=lambda seed: LogisticRegression(max_iter=1))
     monkeypatch.setitem(CLASSIFIERS, "logistic_regression", short)
-    assert not fit_head("logistic_regression", training(), CHOOSING).classifiers[0].converged
+    fitted = fit_head("logistic_regression", training(), CHOOSING)
+    assert not fitted.classifiers[0].converged and fitted.notes == ("did not converge",)
+
+
+@pytest.mark.parametrize("splits", [{}, {"val": 0}])
+@pytest.mark.parametrize("undefined", [float("nan"), -float("inf")])
+def test_where_the_figure_is_undefined_for_all_no_head_is_the_best(splits: dict[str, int], undefined: float) -> None:
+    first, second = Mock(), Mock()
+    for one in (first, second):
+        one.verdict.evaluations, one.fitted.score = splits, undefined
+        one.verdict.figures.return_value = {"val/auroc": undefined}
+    with pytest.raises(UserError, match=r"val/auroc is undefined for every head, so none is the best; a class may be"):
+        choose([first, second], "val/auroc")
+    second.fitted.score, second.verdict.figures.return_value = 0.1, {"val/auroc": 0.1}
+    assert choose([first, second], "val/auroc") is second

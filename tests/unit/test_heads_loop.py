@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from digits import digits, prepared
-from loops import SIZE, assert_same_runs, config_of, features_of, looped, stopped, train
+from loops import SIZE, assert_same, assert_same_runs, config_of, features_of, looped, stopped, train
 from numpy.typing import NDArray
 from packing import damage
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_transfer.config import Order
@@ -31,6 +32,7 @@ from lit_transfer.phases.features import Features, stretches
 from lit_transfer.phases.heads import require_features, why_not_looped
 from lit_transfer.phases.job import Job
 from lit_transfer.phases.run import run_phases
+from lit_transfer.phases.steps import Steps
 from lit_transfer.schedule import Heads
 
 
@@ -145,25 +147,97 @@ def test_an_epoch_may_be_gathered_in_parts(
     assert 0 < left.results[0].data_wait_share < 1
 
 
-@pytest.mark.parametrize(("every_steps", "expected"), [(None, [4, 6]), (5, [4, 5, 6])])
-def test_checkpoints_fall_on_epochs_and_on_steps(
-    every_steps: int | None,
+@pytest.mark.parametrize(
+    ("checkpoint", "expected"),
+    [
+        ({"every_minutes": None}, [6]),
+        ({"every_minutes": None, "every_steps": 5}, [5, 6]),
+        ({"every_minutes": 1e-9}, [1, 2, 3, 4, 5, 6]),
+    ],
+    ids=str,
+)
+def test_checkpoints_fall_on_steps_minutes_and_the_end_but_not_on_epochs(
+    checkpoint: dict[str, Any],
     expected: list[int],
     manifests: dict[tuple[str, bool], Manifest],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     saved: list[int] = []
-    write = PhaseFiles.write_last
+    best: list[int] = []
+    write, write_best = PhaseFiles.write_last, PhaseFiles.write_best
 
     def noted(self: PhaseFiles, state: dict[str, Any], best_step: int | None) -> None:
         saved.append(state["step"])
         write(self, state, best_step)
+        assert best_step is None or len(self.read_best(best_step)) == len(state["network"])
+
+    def noted_best(self: PhaseFiles, weights: dict[str, Tensor], step: int) -> None:
+        best.append(step)
+        write_best(self, weights, step)
 
     monkeypatch.setattr(PhaseFiles, "write_last", noted)
-    checkpoint = {"every_minutes": None, "every_steps": every_steps}
-    train(config_of(manifests["multiclass", False], tmp_path, {"max_steps": 6}, checkpoint=checkpoint), loop=True)
+    monkeypatch.setattr(PhaseFiles, "write_best", noted_best)
+    row = {"max_steps": 6, "validate_every_steps": 1, "restore_best": True}
+    left = train(config_of(manifests["multiclass", False], tmp_path, row, checkpoint=checkpoint), loop=True)
     assert saved == expected
+    losses = [float(each["val/loss"]) for each in left.rows]
+    improved = [step for step in range(1, 7) if losses[step - 1] == min(losses[:step])]
+    assert len(improved) > 2 and best == sorted({max(i for i in improved if i <= step) for step in saved})
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", [3, 6, 11])
+def test_a_killed_phase_goes_on_from_the_last_of_its_checkpoints_to_the_same_bits(
+    killed_at: int, manifests: dict[tuple[str, bool], Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 12 steps, with checkpoints at the 5th and 10th: from the start, and from each of them; those of a Trainer."""
+    row = {"ema_decay": 0.7, "restore_best": True, "validate_every_steps": 1, "schedule": "warmup_cosine", **SGD}
+    config = config_of(manifests["multiclass", False], tmp_path, row | {"lr": 3.0}, checkpoint={"every_steps": 5})
+    straight = train(replace(config, name="straight"), loop=False)
+    took = Steps.take
+
+    def take(steps: Steps, *arguments: Any, **more: Any) -> None:
+        took(steps, *arguments, **more)
+        if steps.step == killed_at:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Steps, "take", take)
+        with pytest.raises(Killed):
+            train(config, loop=True)
+    last = PhaseFiles(config.run_dir / "checkpoints" / "head").read_last()
+    assert (last["step"] if last else 0) == killed_at // 5 * 5
+    left = train(config, loop=True)
+    assert_same_runs(left, straight)
+    runs = (config.run_dir, tmp_path / "straight")
+    assert_same(*(load_file(run / "checkpoints" / "head" / "best.safetensors") for run in runs))
+
+
+def test_a_phase_that_takes_a_while_shows_a_bar_and_a_brief_one_none(
+    manifests: dict[tuple[str, bool], Manifest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of the steps that are left, with their rate and the loss of the curves; a table of many heads stands apart."""
+    row = {"lr": None, "heads": {"lr": [0.1, 0.01]}}
+    config = config_of(manifests["multiclass", False], tmp_path, row, checkpoint={"every_steps": 5})
+    config = replace(config, trainer=replace(config.trainer, progress=True))
+    train(replace(config, name="brief"), loop=True)
+    assert "phase head" not in capsys.readouterr().err
+    monkeypatch.setattr("lit_transfer.phases.head_loop.BAR_AFTER_S", 0.0)
+    stopped(config, 7, loop=True)
+    capsys.readouterr()
+    left = train(config, loop=True)
+    shown = capsys.readouterr()
+    bar = shown.err.rstrip().split("\r")[-1]
+    loss = float([each["train/loss"] for each in left.rows if each["train/loss"]][-1])
+    assert "phase head: 100%" in bar and " 5/5 " in bar and "step/s" in bar and f"loss={loss:.3f}" in bar
+    assert "\nphase head: 2 heads by val/loss; all stand in heads.json\n" in shown.out
 
 
 def test_minutes_end_a_phase_at_a_step_which_is_validated(

@@ -11,40 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from digits import PREPROCESSING, digits, streams_of, tiny_config
+from digits import PREPROCESSING
+from libraries import ALONE, CUT, PLAIN, build_tiny, few_pictures, fill, make_parts_small, opened, shelves
 from packing import damage
 from torch import Tensor
 
-from lit_transfer.activations import build as build_module
-from lit_transfer.activations import key as key_module
-from lit_transfer.activations import shelf as shelf_module
 from lit_transfer.activations.data import StoredDataset, StoredStream
 from lit_transfer.activations.library import Library
-from lit_transfer.activations.prefix import Recipe, plain_recipe
 from lit_transfer.activations.shelf import Shelf
-from lit_transfer.activations.views import Views, plain_views, train_views
-from lit_transfer.config import Activations, Augment
+from lit_transfer.activations.views import Views, train_views
+from lit_transfer.config import Augment
 from lit_transfer.data.loading import SampleDataset
 from lit_transfer.data.plan import PADDING, Batch
 from lit_transfer.data.streams import Samples
 from lit_transfer.errors import UserError
 from lit_transfer.model.augment import eval_input
-from lit_transfer.model.backbone import Backbone, build_backbone
-from lit_transfer.recipe import Model
+from lit_transfer.model.backbone import Backbone
 
-CUT = 4
-PLAIN = plain_recipe(torch.device("cpu"))
 FLIPS = Augment(flip_h=0.5, flip_v=0.5, quarter_turns=True)
-ALONE = (0, 1)
-
-
-def build_tiny(name: str = "timm/test_efficientnet", **model: Any) -> Backbone:
-    torch.manual_seed(0)
-    backbone = build_backbone(Model(backbone=name, weights="none", **model), image_size=PREPROCESSING.size)
-    for tensor in backbone.state_dict().values():
-        if tensor.ndim == 1:  # weights of BatchNorm that do nothing would hide that they are not there
-            tensor.add_(0.1 * torch.rand_like(tensor))
-    return backbone
 
 
 @pytest.fixture
@@ -56,7 +40,7 @@ def backbone() -> Backbone:
 @pytest.fixture
 def streams(tmp_path: Path) -> dict[str, Samples]:
     """48 samples of train, 24 of val."""
-    return streams_of(tiny_config(digits(tmp_path / "digits", count=96), tmp_path))
+    return few_pictures(tmp_path)
 
 
 @pytest.fixture
@@ -68,32 +52,7 @@ def library(backbone: Backbone, streams: dict[str, Samples], tmp_path: Path, sma
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of 16 records, so that a shelf has several."""
-    monkeypatch.setattr(shelf_module, "ROWS_PER_PART", 16)
-    monkeypatch.setattr(build_module, "ROWS_PER_PART", 16)
-
-
-def opened(
-    backbone: Backbone,
-    streams: dict[str, Samples],
-    folder: Path,
-    views: Views | None = None,
-    prefix: str = "plain",
-    dtype: str = "float32",
-    **settings: Any,
-) -> Library:
-    plain = plain_views(PREPROCESSING)
-    inputs = {"train": (streams["train"], views or plain), "val": (streams["val"], plain)}
-    given: Any = {"folder": str(folder / "store"), "prefix": prefix, "dtype": dtype} | settings
-    return Library(backbone, PREPROCESSING, Activations(**given), inputs, workers=0)
-
-
-def fill(library: Library, cuts: set[int] | None = None, recipe: Recipe = PLAIN) -> Library:
-    library.fill(cuts or {CUT}, recipe, share=ALONE, progress=False)
-    return library
-
-
-def shelves(library: Library, cut: int = CUT) -> dict[str, Shelf]:
-    return {name: stream.shelves[0] for name, stream in library.streams(cut, PLAIN).items()}
+    make_parts_small(monkeypatch)
 
 
 def outputs(backbone: Backbone, samples: Samples, cut: int = CUT) -> Tensor:
@@ -176,38 +135,6 @@ def test_looking_for_what_is_missing_makes_no_folder(library: Library) -> None:
 # What is not used
 
 
-def test_a_shelf_of_other_weights_or_types_is_not_used(
-    library: Library, backbone: Backbone, streams: dict[str, Samples], tmp_path: Path
-) -> None:
-    fill(library)
-    assert opened(backbone, streams, tmp_path).recipe([CUT]) == PLAIN
-    assert opened(backbone, streams, tmp_path, prefix="fast").recipe([CUT]) == PLAIN, "it is better than it must be"
-    assert opened(backbone, streams, tmp_path).recipe([1, 2]) is None
-    assert opened(backbone, streams, tmp_path, dtype="bfloat16").recipe([CUT]) is None
-    other = copy.deepcopy(backbone)
-    with torch.no_grad():
-        other.stage_parameters(0)[0][1].view(-1)[0] += 1e-6
-    changed = opened(other, streams, tmp_path)
-    assert changed.recipe([CUT]) is None and changed.missing(CUT, PLAIN) == 72
-
-
-@pytest.mark.parametrize("recipe", [replace(PLAIN, folded=True), replace(PLAIN, device="cpu of another kind")])
-def test_plain_and_this_machine_are_what_they_say(
-    library: Library, backbone: Backbone, streams: dict[str, Samples], tmp_path: Path, recipe: Recipe
-) -> None:
-    fill(library, recipe=recipe)
-    assert library.recipe([CUT]) is None
-    fast = opened(backbone, streams, tmp_path, prefix="fast").recipe([CUT])
-    assert fast == (recipe if recipe.folded else None)
-
-
-def test_records_of_other_packages_are_not_used(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(library)
-    monkeypatch.setattr(key_module, "_PACKAGES", ("torchvision", "timm", "pillow"))
-    monkeypatch.setattr("lit_transfer.activations.library.versions", key_module.versions)
-    assert library.recipe([CUT]) is None and library.missing(CUT, PLAIN) == 72
-
-
 def test_a_half_built_shelf_is_completed(library: Library, backbone: Backbone) -> None:
     fill(library)
     path = shelves(library)["train"].folder / "part-00001.safetensors"
@@ -217,15 +144,6 @@ def test_a_half_built_shelf_is_completed(library: Library, backbone: Backbone) -
     fill(library)
     assert path.read_bytes() == before
     assert shelves(library)["train"].counts()["built"] == 4, "the others are kept"
-
-
-def test_the_most_complete_recipe_goes_on(library: Library, backbone: Backbone, streams: Any, tmp_path: Path) -> None:
-    folded = replace(PLAIN, folded=True)
-    fill(library)
-    fill(library, recipe=folded)
-    for shelf in shelves(library).values():
-        (shelf.folder / "part-00000.safetensors").unlink()
-    assert opened(backbone, streams, tmp_path, prefix="fast").recipe([CUT]) == folded
 
 
 def test_a_description_that_was_changed_is_refused(library: Library) -> None:
@@ -299,10 +217,27 @@ def test_damaged_pictures_are_marked_and_treated_as_without_a_store(
     library.check(CUT, small)
     for name, stream in library.streams(CUT, small).items():
         samples, shelf = streams[name], stream.shelves[0]
-        marked = [place for place in range(shelf.records) if shelf.damaged(place)]
+        marked = sorted(shelf.damaged())
         assert [int(samples.rows[place]) for place in marked] == rows[name]
         assert not shelf.read(marked).any()
         assert_same_items(library.backbone, stream, Batch(1, np.append(samples.rows[:23], PADDING), entries=23))
+
+
+def test_a_picture_that_one_pass_could_not_read_is_damaged_in_every_view(
+    backbone: Backbone, streams: dict[str, Samples], tmp_path: Path, small_parts: None
+) -> None:
+    """The zeros that stand for it are no activations, in whichever view an epoch takes it."""
+    views = train_views("d4", FLIPS, PREPROCESSING, 5, range(3))
+    assert isinstance(views, Views)
+    library = opened(backbone, streams, tmp_path, views)
+    fill(opened(backbone, streams, tmp_path))  # the plain picture, as long as all is well
+    rows = streams["train"].rows
+    damage(streams["train"].manifest, int(rows[3]))
+    stream = fill(library).streams(CUT, PLAIN)["train"]
+    assert [3 in shelf.damaged() for shelf in stream.shelves] == [False] + [True] * 7 and [*stream.damaged] == [3]
+    for epoch in range(8):
+        item = StoredDataset(stream, PREPROCESSING, 3)[Batch(epoch, rows[:16], entries=16)]
+        assert len(item["damaged"]) == 1 and item["activations"].flatten(1).any(1).all()
 
 
 def assert_same_items(backbone: Backbone, stream: StoredStream, batch: Batch) -> None:

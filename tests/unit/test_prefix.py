@@ -19,6 +19,7 @@ from lit_transfer.activations.prefix import (
     cosines,
     fast_recipe,
     folded,
+    is_near,
     plain_recipe,
 )
 from lit_transfer.config import Image
@@ -167,7 +168,7 @@ def made_of(*stages: Step) -> Backbone:
 def test_what_cannot_be_folded_stays_right(step: Step) -> None:
     backbone = made_of("first", step)
     x = torch.randn(4, 3, 16, 16)
-    recipe = replace(fast_recipe(backbone, [1, 2], x, compiled=False), bf16_from=None)
+    recipe = replace(fast_recipe(backbone, 2, x, compiled=False), bf16_from=None)
     given = Prefix(backbone, [1, 2], recipe, 16)(x)
     for cut in (1, 2):
         assert apart(given[cut], expected(backbone, x, cut)) < 1e-5
@@ -211,7 +212,15 @@ def test_bf16_only_where_it_is_faster_and_near(
     monkeypatch.setattr(prefix_module, "seconds", partial(timed, {None: seconds_in_fp32}))
     backbone = made_of("first", big_offset, "last")
     x = torch.randn(4, 3, 16, 16)
-    assert fast_recipe(backbone, [1, 2, 3], x, compiled=False).bf16_from == first
+    assert fast_recipe(backbone, 3, x, compiled=False).bf16_from == first
+
+
+def test_a_recipe_is_near_as_deep_as_its_stages_are() -> None:
+    x = torch.randn(4, 3, 16, 16)
+    lossy, twice = made_of("first", big_offset, "last"), made_of("first", used_twice)
+    for backbone, recipe in ((lossy, replace(PLAIN, bf16_from="s0")), (twice, FOLDED)):
+        assert is_near(backbone, 1, recipe, x) and not is_near(backbone, 2, recipe, x)
+    assert is_near(lossy, 3, replace(PLAIN, bf16_from="s2"), x)
 
 
 @pytest.mark.full("fast")
@@ -219,8 +228,8 @@ def test_bf16_only_where_it_is_faster_and_near(
 def test_a_fast_recipe_keeps_the_cosine_at_each_cut(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(prefix_module, "seconds", partial(timed, {None: 2.0}))  # bf16 wherever it is near enough
     backbone = build(name)
-    x, cuts = images(backbone, 4), [1, len(backbone.stages)]
-    recipe = fast_recipe(backbone, cuts, x, compiled=False)
+    x, cuts = images(backbone, 4), range(1, len(backbone.stages) + 1)
+    recipe = fast_recipe(backbone, len(backbone.stages), x, compiled=False)
     given = Prefix(backbone, cuts, recipe, x.shape[-1])(x)
     assert recipe.folded
     assert min(cosines(given, {cut: expected(backbone, x, cut) for cut in cuts}).values()) >= MIN_COSINE

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shelves import cuts, filled, open_shelf
 
+from lit_transfer.activations import lease
 from lit_transfer.activations.sharing import ABOUT
 from lit_transfer.activations.store import ActivationStore
 from lit_transfer.errors import UserError
@@ -57,6 +60,19 @@ def test_verify_says_what_is_wrong_and_removes_it_if_asked(
     assert command(kept, "verify", "--remove") == 1
     assert made.missing() == [1] and kept.strays() == [] and made.counts()["corrupted_records"] == 4
     assert command(kept, "verify") == 0
+
+
+def test_what_is_not_ours_to_look_after_is_said(kept: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = filled(kept, "a")
+    (made.folder / "part-00000.safetensors").write_bytes(b"wrong")
+
+    def refused(path: Path, **_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(lease, "acquire", refused)
+    with pytest.raises(UserError, match=r"cannot be looked after: Permission denied \(.*part-00000.lease\); ask"):
+        command(kept, "verify", "--remove")
+    assert made.missing() == []
 
 
 def test_prune_prints_what_it_removed(kept: ActivationStore, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,23 @@ def test_the_file_is_whole_after_every_call(tmp_path: Path) -> None:
     assert read(path) == [dict.fromkeys(rows[0], "") | row for row in metrics.rows]
 
 
+def test_rows_of_columns_that_are_known_are_not_paid_for_by_those_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch of a head takes milliseconds, and so would writing the whole file for it."""
+    replaced: list[Path] = []
+    real = tracking.replacing
+    monkeypatch.setattr(tracking, "replacing", lambda path: replaced.append(path) or real(path))
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    for step in range(1, 20):
+        metrics.add("head", step, step, {"train/loss": step, "lr": 0.1})
+        metrics.add("head", step, step, {"val/loss": 1 / step, "train/loss": 2 * step})
+    assert len(replaced) == 2
+    rows = read(metrics.path)
+    assert rows == metrics.rows
+    assert [(row["step"], row["train/loss"]) for row in rows] == [(str(s), str(2 * s)) for s in range(1, 20)]
+
+
 def written(path: Path) -> MetricsFile:
     metrics = MetricsFile(path)
     for phase, epoch, step in (
