@@ -23,11 +23,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Ratios measured side by side, on a machine that does nothing else meanwhile; benchmarks/README.md shows them.
+# Ratios measured side by side, on a machine that does nothing else meanwhile; benchmarks/README.md shows them. Without
+# a GPU it takes hours, most of them rivals.py and elpv.py, which go on where they were stopped.
 bench: $(STAMP)
 	$(BIN)/lit-transfer prepare --config configs/data/elpv.yaml
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/trainer.py
+	$(BIN)/python benchmarks/views.py
+	$(BIN)/python benchmarks/elpv.py
+	$(BIN)/python benchmarks/rivals.py
 	$(BIN)/python benchmarks/table.py
 
 $(STAMP): pyproject.toml constraints.txt
