@@ -17,7 +17,7 @@ from lit_transfer.data.streams import Samples
 from lit_transfer.model.backbone import Backbone
 from lit_transfer.model.stages import Step
 
-_PACKAGES = ("torchvision", "timm", "pillow", "simplejpeg")
+_PACKAGES = ("lit_transfer", "torchvision", "timm", "pillow", "simplejpeg")
 _version = cache(version)  # which reads files, and is asked for every shelf
 
 
@@ -56,7 +56,7 @@ def description(content: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Those of the packages that decode pictures and compute stages."""
+    """Those of the packages that decode pictures and compute stages: with this one, too, the way may change."""
     return {"torch": torch.__version__} | {name: _version(name) for name in _PACKAGES}
 
 
