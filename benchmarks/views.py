@@ -49,7 +49,7 @@ Row = dict[str, float]  # of a run: its seed and figures
 RECIPE = ["--phases.thaw_from", "blocks.5", "--phases.thaw_epochs", "8", "--image.size", "192"]
 VIEWS = {f"views {views}": ["--activations.store", "require", "--activations.views", views] for views in "148"}
 VIEWS["views d4"] = ["--activations.store", "require", "--activations.views", "d4"]
-VIEWS["drawn"] = ["--activations.store", "off"]
+VIEWS["drawn"] = ["--activations.store", "off", "--activations.views", "null"]
 LOOKS = [*zip("os^Dv", COLOURS, strict=False)]
 
 

@@ -181,7 +181,7 @@ def test_auto_stores_in_the_place_of_what_nobody_uses(
         config = configured(manifest, tmp_path, f"seed-{seed}", [HEAD], settings, seed=seed)
         ran(config)
         assert cuts(config) == {"head": FROZEN}
-    assert len(parts(tmp_path)) == 2
+    assert len(parts(tmp_path)) in (2, 3), "of four, one or both of the first run made room"
 
 
 def test_measuring_leaves_the_network_as_it_was(
