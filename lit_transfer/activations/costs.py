@@ -63,11 +63,6 @@ class Decision:
     build_s: float
     saved_s: float
 
-    @property
-    def pays(self) -> bool:
-        """Whether more time is saved than it takes to build."""
-        return self.saved_s > self.build_s
-
 
 @dataclass(frozen=True)
 class CutCost:
@@ -136,16 +131,24 @@ def decide(costs: Costs, uses: Sequence[Use], missing: Mapping[int, int], sample
         samples: pictures that a pass over them has to load.
         free_bytes: that records may take.
     """
+    found = (_decide_up_to(deepest, costs, uses, missing, samples, free_bytes) for deepest in (0, *sorted(missing)))
+    return min(found, key=lambda decision: decision.build_s - decision.saved_s)
+
+
+def _decide_up_to(
+    deepest: int, costs: Costs, uses: Sequence[Use], missing: Mapping[int, int], samples: int, free_bytes: float
+) -> Decision:
+    """The same where a pass goes no deeper than some cut: its time is not one phase's, but that of all which read."""
     cuts: dict[str, int] = {}
     saved_s = 0.0
     for use in uses:
         chosen = set(cuts.values())
         taken = sum(missing[cut] * costs.bytes[cut] for cut in chosen)
-        new = {cut: 0 if cut in chosen else missing[cut] for cut in missing if cut <= use.frozen}
+        known = (cut for cut in missing if cut <= use.frozen and (cut <= deepest or not missing[cut]))
+        new = {cut: 0 if cut in chosen else missing[cut] for cut in known}
         fits = [cut for cut in new if not new[cut] or taken + new[cut] * costs.bytes[cut] <= free_bytes]
         times = {cut: use.samples * epoch_s(costs, use, cut) + _write_s(costs, new[cut], cut) for cut in fits}
-        built = {cut: pass_s(costs, chosen | {cut}, missing, samples) for cut in fits}
-        best = min(fits, key=lambda cut: (times[cut] + built[cut], -cut), default=None)
+        best = min(fits, key=lambda cut: (times[cut], -cut), default=None)
         if best is not None and times[best] < use.samples * epoch_s(costs, use, None):
             cuts[use.name] = best
             saved_s += use.samples * epoch_s(costs, use, None) - times[best]

@@ -169,7 +169,7 @@ def _weigh(job: Job, uses: Sequence[Use], recipe: Recipe | None, library: Librar
     decision = decide(costs, uses, missing, pictures, room_bytes)
     cut = decision.cuts.get(uses[0].name)
     why = _explain(library, decision, costs, uses[0], missing, alone_s)
-    if cut is not None and not (decision.pays and library.make_room(set(decision.cuts.values()), recipe)):
+    if cut is not None and not library.make_room(set(decision.cuts.values()), recipe):
         cut = None
     stages, records = [*library.backbone.stage_names, "head"], library.missing(1, None)
     weighed = weigh(costs, uses[0], stages, records, missing, pictures, room_bytes, cut)
@@ -238,7 +238,8 @@ def _explain(
     """The numbers of a decision on one line."""
     cut = decision.cuts.get(use.name)
     if cut is None:
-        return f"reading them would save nothing of {alone_s:.0f} s, or there is no room in {library.store.folder}"
+        folder = library.store.folder
+        return f"building would take longer than it saves of {alone_s:.0f} s, or there is no room in {folder}"
     name, size = [*library.backbone.stage_names, "head"][cut], costs.bytes[cut] * missing[cut] / 1e6
     return (
         f"at {name}: building {decision.build_s:.0f} s ({missing[cut]:,} records, {size:,.0f} MB), which saves "

@@ -28,6 +28,7 @@ from stored_runs import (
     written,
 )
 
+from lit_transfer.activations.costs import Decision
 from lit_transfer.activations.library import Library
 from lit_transfer.activations.prefix import Recipe
 from lit_transfer.config import Config
@@ -192,7 +193,7 @@ def test_measuring_leaves_the_network_as_it_was(
     off, auto = (configured(manifest, tmp_path, name, phases, {"store": name}) for name in ("off", "auto"))
     expected = ran(off)
     monkeypatch.setattr("lit_transfer.phases.choice._WORTH_MEASURING_S", 0.0)
-    monkeypatch.setattr("lit_transfer.activations.costs.Decision.pays", False)
+    monkeypatch.setattr("lit_transfer.phases.choice.decide", lambda *_: Decision({}, 0.0, 0.0))
     assert_same(ran(auto), expected)
     assert cuts(auto) == {"top": None} and "building" in choices(auto)["top"]["why"]
 

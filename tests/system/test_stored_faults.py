@@ -34,6 +34,7 @@ from stored_runs import (
 )
 from test_kill import assert_same_run, run_jobs
 
+from lit_transfer.activations.costs import Decision
 from lit_transfer.activations.prefix import plain_recipe
 from lit_transfer.activations.shelf import Shelf
 from lit_transfer.activations.store import ActivationStore
@@ -177,7 +178,7 @@ def test_a_store_is_the_groups_also_where_the_disk_was_measured_first(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lit_transfer.phases.choice._WORTH_MEASURING_S", 0.0)
-    monkeypatch.setattr("lit_transfer.activations.costs.Decision.pays", True)
+    monkeypatch.setattr("lit_transfer.phases.choice.decide", lambda *_: Decision({"head": FROZEN}, 0.0, 1.0))
     config = configured(manifest, tmp_path, "run", [HEAD], {"store": "auto", "group_writable": True})
     config = replace(config, activations=replace(config.activations, folder=str(tmp_path / "team" / "store")))
     umask = os.umask(0o077)
