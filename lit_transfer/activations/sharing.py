@@ -59,10 +59,15 @@ class SharedFolder:
     def make(self) -> None:
         """Make the folder and say in it what it is for, unless that is done."""
         while not (self.path / ABOUT).exists():
-            with suppress(FileNotFoundError):  # evicted just now, or tidied by one who was faster
+            try:
                 make_folder(self.path, self.group_writable)
                 write_json(self.path / ABOUT, self.about)
                 grant(self.path / ABOUT, self.group_writable)
+            except FileNotFoundError:  # evicted just now, or tidied by one who was faster
+                continue
+            except FileExistsError:  # also of a folder that was evicted before mkdir could look at what is there
+                if any(path.is_file() for path in (self.path, *self.path.parents)):
+                    raise
 
     def names(self) -> list[str]:
         """Of all files; none if the folder is not there."""
