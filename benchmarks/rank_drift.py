@@ -276,13 +276,13 @@ def train(tool: str, folder: Path) -> None:
     """One rank of one tool; rank 0 leaves rows and versions in `result.json`."""
     measure = TOOLS[tool](folder)
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        (folder / "result.json").write_text(json.dumps({"epochs": measure.rows, "versions": versions()}))
+        (folder / "result.json").write_text(json.dumps({"epochs": measure.rows, "versions": versions(PACKAGES)}))
 
 
-def versions() -> dict[str, str]:
-    """The versions of what is installed here."""
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed here."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

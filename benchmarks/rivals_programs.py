@@ -15,13 +15,13 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
+from rank_drift import versions
 from rivals_task import Enough, Request, Scores, Watch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -204,17 +204,6 @@ PROGRAMS: dict[str, Callable[[Request, Watch], None]] = {
 }
 
 
-def versions() -> dict[str, str]:
-    """The versions of what is installed here."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def main(tool: str, folder: Path) -> None:
     """Train with one tool as the folder's request says, and leave the curve there."""
     import sklearn.metrics  # noqa: F401 - nobody's clock shall count it
@@ -224,7 +213,7 @@ def main(tool: str, folder: Path) -> None:
     request = Request(asked["task"], Path(asked["material"]), folder, asked["factor"], asked["seed"])
     with suppress(Enough):
         PROGRAMS[tool](request, watch)
-    (folder / "result.json").write_text(json.dumps({"curve": watch.curve, "versions": versions()}))
+    (folder / "result.json").write_text(json.dumps({"curve": watch.curve, "versions": versions(PACKAGES)}))
 
 
 if __name__ == "__main__":

@@ -98,32 +98,39 @@ def choose(
     cuts = sorted({use.frozen for use in uses})
     recipe = library.recipe(range(1, uses[0].frozen + 1))
     if job.config.activations.store == "require" or plans[0].phase.heads:  # which train on stored features only
-        recipe = recipe or library.new_recipe(cuts)
-        cut, tapped = with_room(library, plans[0].phase, uses[0].frozen, cuts[:-1], recipe)
-        names = ", ".join([*library.backbone.stage_names, "head"][each] for each in (*tapped, cut))
-        return Choice(cut, tapped, recipe, f"stores the activations at {names}")
+        return _require(plans[0].phase, cuts, recipe or library.new_recipe(cuts), library)
     return _weigh(job, uses, recipe, library)
 
 
-def with_room(
-    library: Library, phase: Phase, cut: int, tapped: Sequence[int], recipe: Recipe
-) -> tuple[int, tuple[int, ...]]:
-    """A phase's cut and those of later phases, as far as there is room; what nobody uses is evicted for them.
-
-    Without room for its own cut a phase reads the deepest one before it that is stored as a whole; `heads` cannot.
+def with_room(library: Library, cut: int, tapped: Sequence[int], recipe: Recipe) -> tuple[int, ...]:
+    """Those of the later phases' cuts that fit beside a phase's own; what nobody uses is evicted for them.
 
     Raises:
-        OSError: there is none.
+        OSError: there is no room for its own.
     """
-    if library.make_room({cut, *tapped}, recipe):
-        return cut, tuple(tapped)
-    whole = [each for each in range(1, cut) if not phase.heads and not library.missing(each, recipe)]
-    if library.make_room({cut}, recipe):
-        return cut, ()
-    if whole:
-        return max(whole), ()
+    for beside in (tuple(tapped), ()):
+        if library.make_room({cut, *beside}, recipe):
+            return beside
     limit_gb = library.settings.limit_gb
     raise OSError(errno.ENOSPC, f"there is no room below activations.limit_gb {limit_gb:g} or on its disk")
+
+
+def _require(phase: Phase, cuts: Sequence[int], recipe: Recipe, library: Library) -> Choice:
+    """The deepest of some cuts; without room for it, the deepest one before it that is stored as a whole.
+
+    `heads` read features alone.
+    """
+    names, deepest = [*library.backbone.stage_names, "head"], cuts[-1]
+    try:
+        tapped = with_room(library, deepest, cuts[:-1], recipe)
+    except OSError:
+        whole = [cut for cut in range(1, deepest) if not phase.heads and not library.missing(cut, recipe)]
+        if not whole:
+            raise
+        why = f"reads the activations at {names[max(whole)]}; there is no room for those at {names[deepest]}"
+        return Choice(max(whole), (), recipe, why)
+    told = ", ".join(names[cut] for cut in (*tapped, deepest))
+    return Choice(deepest, tapped, recipe, f"stores the activations at {told}")
 
 
 def _uses(

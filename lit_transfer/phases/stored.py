@@ -145,8 +145,7 @@ def _settle(
         # A phase goes on as it was begun: to compute and to read rounded numbers would not give the same weights.
         if choice.cut is not None and choice.recipe is not None:
             recipe = library.here(choice.recipe)  # another machine may have begun it
-            cut, tapped = with_room(library, plans[0].phase, choice.cut, choice.tapped, recipe)
-            choice = replace(choice, cut=cut, tapped=tapped, recipe=recipe)
+            choice = replace(choice, recipe=recipe, tapped=with_room(library, choice.cut, choice.tapped, recipe))
     else:
         choice = choose(job, plans, before, steps_done, library)
         write_json(files.folder / FILE_NAME, choice.to_plain())

@@ -108,13 +108,15 @@ def test_later_phases_are_left_out_where_only_this_one_fits(manifest: Manifest, 
 
 
 def test_without_room_for_its_own_cut_a_phase_reads_a_shallower_one_that_is_there(
-    manifest: Manifest, tmp_path: Path
+    manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit_gb = 96 * 256 * 4 * 0.9 / 1e9  # less than the features take
     ran(configured(manifest, tmp_path, "top", [TOP], EXACT))
     small = configured(manifest, tmp_path, "small", [HEAD], EXACT | {"limit_gb": limit_gb})
     assert_same(ran(small), ran(configured(manifest, tmp_path, "off", [HEAD], OFF)))
     assert cuts(small) == {"head": FROZEN - 2}
+    told = "phase head: reads the activations at blocks.4; there is no room for those at head"
+    assert told in capsys.readouterr().out
 
 
 def test_a_corrupted_record_is_computed_again(
@@ -259,6 +261,22 @@ def test_a_phase_that_goes_on_on_another_machine_stores_under_its_name(
     assert_same(ran(config), uninterrupted)
     shelves = ActivationStore(tmp_path / "store", limit_bytes=0).shelves()
     assert {shelf.description["recipe"]["device"] for shelf in shelves} == {plain_recipe(torch.device("cpu")).device}
+
+
+def test_a_phase_does_not_go_on_at_another_cut(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded elsewhere, the numbers would not give the same weights: a shallower one that is there is no way out."""
+    deeper = {**TOP, "train": {"last": 3}, "max_epochs": 3}
+    ran(configured(manifest, tmp_path, "deeper", [deeper], EXACT | {"views": 4}, augment=MOVING))
+    there = {*(tmp_path / "store").iterdir()}
+    config = to_be_killed(manifest, tmp_path)
+    killed_after(config, 3, monkeypatch)
+    for folder in {*(tmp_path / "store").iterdir()} - there:
+        shutil.rmtree(folder)
+    small = replace(config, activations=replace(config.activations, limit_gb=1e-6))
+    with pytest.raises(UserError, match="there is no room below activations.limit_gb 1e-06 or on its disk, but"):
+        ran(small)
 
 
 def test_a_phase_that_began_to_compute_does_not_read_later(
