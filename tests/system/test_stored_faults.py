@@ -275,7 +275,7 @@ def test_a_phase_does_not_go_on_at_another_cut(
     for folder in {*(tmp_path / "store").iterdir()} - there:
         shutil.rmtree(folder)
     small = replace(config, activations=replace(config.activations, limit_gb=1e-6))
-    with pytest.raises(UserError, match="there is no room below activations.limit_gb 1e-06 or on its disk, but"):
+    with pytest.raises(UserError, match="there is no room below"):
         ran(small)
 
 
