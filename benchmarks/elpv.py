@@ -32,6 +32,7 @@ from lit_transfer.data.loading import SampleDataset
 from lit_transfer.data.plan import Batch
 from lit_transfer.data.streams import Samples, open_stream
 from lit_transfer.model.augment import eval_input
+from lit_transfer.model.memory import keep_freed_memory
 from lit_transfer.model.portable import TransferModel
 from lit_transfer.model.portable import load as load_model
 from lit_transfer.objectives.decisions import choose_threshold
@@ -79,6 +80,7 @@ def probabilities(model: TransferModel, samples: Samples, averaged: bool) -> Ten
 
 def figures(run: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Of a run: `single` and `averaged`, for all cells and each type."""
+    keep_freed_memory()
     model, config = load_model(run), load(run / "config.yaml", cls=Config)
     assert config.data.val and config.data.test
     val, test = (open_stream(stream, None, config.seed) for stream in (config.data.val, config.data.test))

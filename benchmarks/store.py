@@ -7,8 +7,8 @@ Needs `make quickstart`'s dataset. All figures are medians of pairs that are mea
 - frozen: a phase of 20 epochs of the head on the frozen backbone, validation included, with `activations.store` off
   and auto, each time with an empty store; wall-clock seconds of the phase, and of its training steps.
 - loops: training steps of an epoch over stored features: our loop, a bare one over the same tensors, 16 heads.
-- prefix: the frozen backbone on a batch, as PyTorch runs it in fp32 and as the store does; --compile adds
-  `activations.prefix: compiled`.
+- prefix: the frozen backbone on a batch, as PyTorch runs it in fp32 (in a process of its own) and as the store does;
+  --compile adds `activations.prefix: compiled`.
 - thawed: a step with all before a stage read from the store, over the times of the stages behind it (forward and
   backward), the head's and the optimizer's, each by itself.
 - build: filling the store, over decoding and the forward pass by themselves.

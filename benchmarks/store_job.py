@@ -16,6 +16,7 @@ from lit_transfer.activations.library import Library
 from lit_transfer.activations.views import plain_views
 from lit_transfer.config import Config
 from lit_transfer.launch.train import prepare_job
+from lit_transfer.model.memory import keep_freed_memory
 from lit_transfer.phases import run
 from lit_transfer.phases.checkpoint import PhaseResult
 from lit_transfer.phases.job import Job
@@ -61,6 +62,8 @@ def job_of(
 def library_of(job: Job, workers: int) -> Library:
     """The store as the phase of a job sees it; moves the network to the device."""
     device = torch.device("cuda" if check_machine(job.config.trainer) else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()  # as the trainer does
     views = plain_views(job.preprocessing)
     inputs = {name: (samples, views) for name, samples in job.streams.items()}
     return Library(job.network.to(device).backbone, job.preprocessing, job.config.activations, inputs, workers)

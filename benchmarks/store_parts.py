@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +33,33 @@ THAW: Row = {"name": "thaw", "lr": 1e-3, "backbone_lr": 3e-4}
 
 
 def prefix_forward(folder: Path, repetitions: int, compiled: bool) -> tuple[dict[str, float], dict[str, Any]]:
-    """fp32 eager over ours, both in steady state on one batch of pictures; and channels-last eager and cosines."""
+    """fp32 eager over ours, both in steady state on one batch of pictures; other ways to run it, and cosines.
+
+    Eager PyTorch runs in a process of its own, whose allocator is as glibc's is; `eager_keeping` runs in this one,
+    which keeps the memory that it frees.
+    """
     library = library_of(job_of(HEAD, folder, "require")[0], workers=0)
     cut, size = len(library.backbone.stages), library.preprocessing.size
     recipe = library.new_recipe([cut])
     images = library.images("train", recipe.batch)
     plain = copy.deepcopy(library.backbone).eval()
-    ways: dict[str, Callable[[], Any]] = {
-        "eager": _eager(plain, images, torch.contiguous_format),
-        "eager_channels_last": _eager(plain, images, torch.channels_last),
-    }
     prefixes = {"ours": Prefix(library.backbone, [cut], recipe, size)}
     if compiled:
         prefixes["compiled"] = Prefix(library.backbone, [cut], replace(recipe, compiled=True), size)
-    for name, prefix in prefixes.items():
-        ways[name] = partial(prefix, images)
-    first_s = {name: seconds_of(way) for name, way in ways.items()}
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repetitions):
-        for name, way in ways.items():
-            found[name].append(seconds_of(way))
-    expected = {cut: ways["eager"]()}
+    keeping = Eager(plain, images, torch.contiguous_format)
+    here: dict[str, Callable[[], Any]] = {name: partial(prefix, images) for name, prefix in prefixes.items()}
+    here["eager_keeping"] = keeping
+    formats = {"eager": torch.contiguous_format, "eager_channels_last": torch.channels_last}
+    with ExitStack() as stack:
+        ways = {name: partial(seconds_of, way) for name, way in here.items()}
+        for name, memory_format in formats.items():
+            ways[name] = stack.enter_context(elsewhere(Eager(plain.cpu(), images.cpu(), memory_format), library.device))
+        first_s = {name: way() for name, way in ways.items()}
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(repetitions):
+            for name, way in ways.items():
+                found[name].append(way())
+    expected = {cut: keeping()}
     measured: dict[str, Any] = {"batch": recipe.batch, "recipe": recipe.to_plain()}
     for name, seconds in found.items():
         measured[name] = {"seconds": spread(seconds), "eager_over_it": ratio_of(found["eager"], seconds)}
@@ -61,15 +70,37 @@ def prefix_forward(folder: Path, repetitions: int, compiled: bool) -> tuple[dict
     return {"prefix_forward": measured["ours"]["eager_over_it"]}, measured
 
 
-def _eager(backbone: torch.nn.Module, images: Tensor, memory_format: torch.memory_format) -> Callable[[], Tensor]:
-    network = copy.deepcopy(backbone).to(memory_format=memory_format)
-    given = images.contiguous(memory_format=memory_format)
+class Eager:
+    """A backbone on pictures, as PyTorch runs it in fp32."""
+
+    def __init__(self, backbone: torch.nn.Module, images: Tensor, memory_format: torch.memory_format) -> None:
+        self.network = copy.deepcopy(backbone).to(memory_format=memory_format)
+        self.images = images.contiguous(memory_format=memory_format)
 
     @torch.inference_mode()
-    def forward() -> Tensor:
-        return network(given)  # type: ignore[no-any-return]
+    def __call__(self) -> Tensor:
+        return self.network(self.images)  # type: ignore[no-any-return]
 
-    return forward
+
+_eager: Eager  # of a process that times nothing else
+
+
+@contextmanager
+def elsewhere(eager: Eager, device: torch.device) -> Iterator[Callable[[], float]]:
+    """Seconds of a call in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn"), _set_eager, (eager, device)) as process:
+        yield lambda: process.submit(_eager_s).result()
+
+
+def _set_eager(eager: Eager, device: torch.device) -> None:
+    global _eager
+    eager.network.to(device)
+    eager.images = eager.images.to(device)
+    _eager = eager
+
+
+def _eager_s() -> float:
+    return seconds_of(_eager)
 
 
 def build_efficiency(folder: Path, pairs: int, fraction: float) -> tuple[dict[str, float], dict[str, Any]]:

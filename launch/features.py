@@ -30,6 +30,7 @@ from lit_transfer.files import write_json
 from lit_transfer.launch import run as run_verb
 from lit_transfer.launch.options import read_config
 from lit_transfer.model.joined import Blocks, open_blocks
+from lit_transfer.model.memory import keep_freed_memory
 from lit_transfer.objectives.metrics import metric_names
 from lit_transfer.phases.table import differences
 from lit_transfer.phases.trainer import check_machine
@@ -55,6 +56,8 @@ def run_features(config: FeaturesConfig) -> dict[str, Any]:
     """From a config to a finished run and its summary; one that is finished is not computed again."""
     start = time.perf_counter()
     on_gpu = check_machine(Trainer(accelerator=config.accelerator))
+    if not on_gpu:
+        keep_freed_memory()
     streams = open_streams(config.data, config.seed)
     check_dataset(config, streams["train"])
     blocks = open_blocks(config.backbones, config.image, config.seed)

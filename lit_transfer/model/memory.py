@@ -1,7 +1,8 @@
-"""An estimate of the memory a phase needs on one rank, made without values, weights or a GPU."""
+"""The memory of a process: what a phase will need on one rank, estimated without values; what is free, taken, kept."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
@@ -17,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lit_transfer.model.network import Network
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,18 @@ def _activation_bytes(tensor: Tensor, mixed: bool) -> int:
     """Of the whole storage; half where mixed precision holds it in 16 bits."""
     size = tensor.untyped_storage().nbytes()
     return size // 2 if mixed and tensor.dtype == torch.float32 else size
+
+
+def keep_freed_memory() -> None:
+    """Let this process use freed memory again, where glibc would give it back to the system; elsewhere nothing.
+
+    On a CPU most layers ask for tens of megabytes. glibc maps what is over 32 MiB anew each time, and the kernel fills
+    every page with zeros, which can take as long as the convolutions (`eager_keeping` of benchmarks/store.py).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def reset_peak_memory() -> None:

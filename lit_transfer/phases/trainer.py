@@ -18,6 +18,7 @@ from lit_transfer.config import Trainer as TrainerConfig
 from lit_transfer.data.module import ImageData
 from lit_transfer.data.streams import Samples
 from lit_transfer.errors import require
+from lit_transfer.model.memory import keep_freed_memory
 from lit_transfer.model.module import Predictions, TransferModule
 
 Result = TypeVar("Result")
@@ -55,6 +56,8 @@ def check_machine(config: TrainerConfig) -> bool:
 def make_trainer(config: TrainerConfig, **settings: Any) -> pl.Trainer:
     """A fresh Trainer; DDP wraps anew in each, which is what makes thawing right on several ranks."""
     on_gpu = check_machine(config)
+    if not on_gpu:
+        keep_freed_memory()
     _quiet()
     strategy: Strategy | str = "auto"
     if ranks_of(config) > 1 or config.strategy == "ddp":

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -131,3 +135,30 @@ def test_the_total_takes_the_larger_of_what_is_not_needed_at_once() -> None:
     sizes = {"weights": 1, "gradients": 10, "optimizer": 100, "batch": 1000}
     assert Memory(**sizes, saved=20_000, frozen=50_000).total == 51_111
     assert Memory(**sizes, saved=50_000, frozen=20_000).total == 51_111
+
+
+FAULTS = """
+import resource, torch
+{before}
+def step() -> None:
+    a = torch.ones(2**24)  # 64 MiB
+    b = a + 1
+for _ in range(8):  # until what was freed in between has grown together
+    step()
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others have no mallopt")
+def test_freed_memory_is_used_again() -> None:
+    """The kernel hands out no new pages for tensors as large as those that were freed."""
+    kept = "from lit_transfer.model.memory import keep_freed_memory as keep; keep()"
+    faults = {
+        before: int(subprocess.check_output([sys.executable, "-c", FAULTS.format(before=before)], text=True))
+        for before in ("", kept)
+    }
+    assert faults[""] > 4 * 2**14, "each tensor has new pages"
+    assert faults[kept] < 100
