@@ -63,7 +63,10 @@ def _draw_times(axes: Axes, weighed: Weighing) -> None:
         text = _seconds(total) + ("  chosen" if cut.chosen else "")
         _write_beside(axes, total, y, text, is_bold=cut.chosen)
     longest = max([weighed.compute_s, *totals])
-    axes.set(xlim=(0, 1.16 * longest), ylabel="cut before", title="Time with each cut alone")
+    # Only what others read too can be chosen although computing is faster in this phase.
+    is_shared = any(cut.chosen and total > weighed.compute_s for cut, total in zip(weighed.cuts, totals, strict=True))
+    title = "Time of this phase with each cut" + ("; later phases share the chosen one" if is_shared else "")
+    axes.set(xlim=(0, 1.16 * longest), ylabel="cut before", title=title)
     axes.set_xlabel(f"seconds for the {weighed.samples:,} samples of the phase")
 
 

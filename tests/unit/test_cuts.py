@@ -55,6 +55,14 @@ def test_times_of_each_cut_stand_end_to_end_against_computing(drawn: list[Figure
     assert "computing in each epoch: 48 s" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
 
 
+def test_a_cut_that_this_phase_alone_would_not_choose_is_said_to_be_shared(drawn: list[Figure]) -> None:
+    for compute_s in (48.0, 5.0):
+        plot_cuts(replace(WEIGHED, compute_s=compute_s), "first", WHY, Path("unused.png"))
+    alone, shared = (figure.axes[0].get_title() for figure in drawn)
+    assert alone == "Time of this phase with each cut"
+    assert shared == f"{alone}; later phases share the chosen one"
+
+
 def test_bytes_of_each_cut_stand_against_the_room(drawn: list[Figure]) -> None:
     plot_cuts(WEIGHED, "first", WHY, Path("unused.png"))
     sizes = drawn[0].axes[1]
