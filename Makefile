@@ -24,7 +24,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 # Ratios measured side by side, on a machine that does nothing else meanwhile; benchmarks/README.md shows them. Without
-# a GPU it takes hours, most of them rivals.py and elpv.py, which go on where they were stopped.
+# a GPU it takes hours, most of them rivals.py and elpv.py, which go on where they were stopped. rivals.py compares
+# defaults, with rivals that it installs from the index; `--settings grid` adds other learning rates.
 bench: $(STAMP)
 	$(BIN)/lit-transfer prepare --config configs/data/elpv.yaml
 	$(BIN)/python benchmarks/store.py

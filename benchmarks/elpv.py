@@ -4,10 +4,10 @@
 
 Deitsch et al. 2019: all 2,624 cells, defective where the defect probability is over 0.5; a quarter is held out,
 stratified by probability and cell type. Here the split seeds 0 to 4 are fixed beforehand. An eighth of the other three
-quarters is the validation part, on which the best epoch and the threshold are chosen; nothing is fitted on or chosen by
-the held-out part. `averaged` has the probabilities of the 8 flips and quarter turns of a cell averaged, its threshold
-chosen on validation in the same way. A run that is finished is not run again. The result goes to
-benchmarks/results/elpv-<hardware>.json.
+quarters is the validation part, on which the threshold is chosen, and the epoch where the config has `restore_best`;
+nothing is fitted on or chosen by the held-out part. `averaged` has the probabilities of the 8 flips and quarter turns
+of a cell averaged, its threshold chosen on validation in the same way. A run that is finished is not run again. The
+result goes to benchmarks/results/elpv-<hardware>.json.
 """
 
 from __future__ import annotations

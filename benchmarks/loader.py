@@ -86,7 +86,7 @@ def make(folder: Path, pictures: int) -> Manifest:
     with Pool(WORKERS) as pool:
         pool.starmap(make_picture, [(number, folder / "pictures") for number in range(pictures)], chunksize=50)
     for name, shard_bytes in (("packed", SHARD_BYTES), ("whole", 2**40)):
-        settings = {"splits": {"train": 1.0}, "shard_bytes": shard_bytes, "workers": WORKERS}
+        settings: dict[str, Any] = {"splits": {"train": 1.0}, "shard_bytes": shard_bytes, "workers": WORKERS}
         pack(Pack(source=str(folder / "pictures"), out=str(folder / name), **settings))
     return Manifest.open(folder / "packed")
 
@@ -222,7 +222,7 @@ def main() -> None:
         manifest = make(folder, options.pictures)
         litdata = litdata_python(folder)
         print("pictures, shards and environments are made; timing starts", flush=True)
-        results = {
+        results: dict[str, Any] = {
             "pipelines": compare_pipelines(folder, litdata, options.repetitions),
             "steps_us": profile(manifest, options.repetitions),
             "reading": compare_reading(manifest, options.repetitions),

@@ -33,7 +33,10 @@ def transform(*first: Any) -> Callable[[Any], Tensor]:
     from torchvision.transforms import v2
 
     resized = [v2.Resize(CANVAS, antialias=True), v2.CenterCrop(SIZE)]
-    return v2.Compose([*first, *resized, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    whole: Callable[[Any], Tensor] = v2.Compose(
+        [*first, *resized, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    )
+    return whole
 
 
 def from_pil() -> Callable[[Any], Tensor]:

@@ -47,8 +47,8 @@ def frozen_phases(folder: Path, pairs: int, fraction: float) -> Found:
     frozen_phase(folder / "warm_up", "require", fraction / 4, 1)
     found: list[tuple[tuple[float, float], tuple[float, float]]] = []
     for pair in range(pairs):
-        off, on = (partial(frozen_phase, folder / f"{store}{pair}", store, fraction, EPOCHS) for store in STORES)
-        found.append(in_turns(pair, off, on))
+        plain, stored = (partial(frozen_phase, folder / f"{store}{pair}", store, fraction, EPOCHS) for store in STORES)
+        found.append(in_turns(pair, plain, stored))
         print(f"frozen phase, without and with a store: {found[-1][0][0]:.1f} s, {found[-1][1][0]:.1f} s", flush=True)
     (off, off_steps), (on, on_steps) = (zip(*side, strict=True) for side in zip(*found, strict=True))
     ratios = {"frozen_phase_20_epochs": ratio_of(off, on), "stored_epoch": ratio_of(off_steps, on_steps)}

@@ -39,7 +39,7 @@ def bare_epoch_s(features: Tensor, targets: Tensor, head: nn.Module, batch: int,
             for first in range(0, len(features), batch):
                 logits = head(inputs[first : first + batch])
                 loss = F.cross_entropy(logits, labels[first : first + batch], label_smoothing=smoothing)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 optimizer.zero_grad()
 

@@ -56,7 +56,8 @@ def job_of(
     changes = ["--runs_dir", str(folder / "runs"), "--name", f"run{runs}"]
     changes += ["--trainer.progress", "false", "--trainer.devices", "1", "--tracking.wandb", "off"]
     os.environ.pop(ENVIRONMENT, None)
-    return prepare_job(parse(Config, override(plain, changes)))
+    job: tuple[Job, list[PhasePlan]] = prepare_job(parse(Config, override(plain, changes)))
+    return job
 
 
 def library_of(job: Job, workers: int) -> Library:

@@ -51,7 +51,7 @@ def prefix_forward(folder: Path, repetitions: int, compiled: bool) -> tuple[dict
     here["eager_keeping"] = keeping
     formats = {"eager": torch.contiguous_format, "eager_channels_last": torch.channels_last}
     with ExitStack() as stack:
-        ways = {name: partial(seconds_of, way) for name, way in here.items()}
+        ways: dict[str, Callable[[], float]] = {name: partial(seconds_of, way) for name, way in here.items()}
         for name, memory_format in formats.items():
             ways[name] = stack.enter_context(elsewhere(Eager(plain.cpu(), images.cpu(), memory_format), library.device))
         first_s = {name: way() for name, way in ways.items()}
@@ -223,4 +223,4 @@ def _both_ways(part: Callable[[Tensor], Tensor], x: Tensor, needs_gradient: bool
     outputs: list[Tensor] = []
     forward_s = seconds_of(lambda: outputs.append(part(x)))
     gradient = torch.ones_like(outputs[0])
-    return outputs[0].detach(), forward_s + seconds_of(lambda: outputs[0].backward(gradient))
+    return outputs[0].detach(), forward_s + seconds_of(partial(torch.autograd.backward, outputs[0], gradient))

@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/table.py
 
-A file is `<name>-<hardware>.json`: `hardware`, `versions`, `ratios` by name, and `measured`, what they come from. That
-of `views.py` has no ratios, but a table of its own.
+A file is `<name>-<hardware>.json`: `hardware`, `versions`, the `commit` that wrote it, `ratios` by name, and what they
+come from, `measured`. That of `views.py` has no ratios, but a table of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from lit_transfer.files import write_json, write_text
+from lit_transfer.tracking import commit
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -105,7 +106,8 @@ def write_result(name: str, ratios: Mapping[str, float], measured: Mapping[str, 
     machine = hardware()
     path = RESULTS / f"{name}-{machine}.json"
     versions = {package: version(package) for package in PACKAGES}
-    write_json(path, {"hardware": machine, "versions": versions, "ratios": ratios, "measured": measured})
+    about = {"hardware": machine, "versions": versions, "commit": commit()}
+    write_json(path, about | {"ratios": ratios, "measured": measured})
     for figure in FIGURES:
         if figure.name in ratios:
             value = ratios[figure.name]

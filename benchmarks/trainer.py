@@ -57,7 +57,8 @@ def job_of(preset: str, fraction: float, folder: Path, *more: str) -> tuple[Job,
     changes = ["--runs_dir", str(folder), "--trainer.progress", "false", "--tracking.wandb", "off"]
     changes += ["--activations.store", "off", *more]  # the loop computes its frozen stages in each step, too
     os.environ.pop(ENVIRONMENT, None)
-    return prepare_job(parse(Config, override(plain, changes)))
+    job: tuple[Job, list[PhasePlan]] = prepare_job(parse(Config, override(plain, changes)))
+    return job
 
 
 def trainer_seconds(job: Job, plans: list[PhasePlan]) -> float:
@@ -89,7 +90,7 @@ def loop_seconds(job: Job, plans: list[PhasePlan], network: Network) -> float:
                 logits = network(pixels)
             loss = F.cross_entropy(logits.float(), batch["target"])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return time.perf_counter() - start
 
@@ -149,7 +150,7 @@ def rank_check_cost(phase_seconds: float) -> dict[str, object]:
     """The check across two gloo ranks at a phase's end: median seconds, and share of a phase that long."""
     with tempfile.TemporaryDirectory() as folder:
         job, _ = job_of("linear_probe", 0.1, Path(folder))
-        spawn(_time_check, (dict(job.network.state_dict()), folder), nprocs=2)
+        spawn(_time_check, (dict(job.network.state_dict()), folder), nprocs=2)  # type: ignore[no-untyped-call]
         seconds = float((Path(folder) / "seconds").read_text())
     return {"seconds": seconds, "percent_of_phase": 100 * seconds / phase_seconds, "phase_seconds": phase_seconds}
 

@@ -4,8 +4,9 @@
 
 Needs `make quickstart`'s dataset. The same recipe is trained with `activations.views` 1, 4, 8 and d4, and with pictures
 drawn anew in each epoch, which no store can hold (`activations.store: off`): everything else is the same. Unless
-changed it is the quickstart at 192 pixels, thawed from blocks.5 for 8 epochs, so that 15 runs need no GPU. In 8 epochs
-each of 8 views is used once: that run has the training pictures of `drawn`, and computes as many of them.
+changed it is the quickstart at 192 pixels, thawed from blocks.5 for 8 epochs, so that 15 runs need no GPU. Of k views
+epoch e of the run takes view e modulo k. The head's epoch is epoch 0, so with 8 views the thawed epochs 1 to 8 have
+the training pictures of `drawn`, but for epoch 8, which has those of epoch 0 again.
 
 Each run has a process and an empty store of its own. Its seconds are those of its phases, building the store included
 and the evaluation at the end not; `building` is what passed in a phase until the store could be read: deciding how to

@@ -25,7 +25,7 @@ from lit_transfer.data.streams import Samples, open_streams
 from lit_transfer.errors import nearest, require
 from lit_transfer.features.export import write_features
 from lit_transfer.features.fitting import FittedHead, check_targets
-from lit_transfer.features.table import Features, block_vectors, combine, groups_of, mean_norms
+from lit_transfer.features.table import FeatureTable, block_vectors, combine, groups_of, mean_norms
 from lit_transfer.files import write_json
 from lit_transfer.launch import run as run_verb
 from lit_transfer.launch.options import read_config
@@ -116,7 +116,7 @@ def fingerprint(config: FeaturesConfig, blocks: Blocks, streams: Mapping[str, Sa
 
 def extract(
     config: FeaturesConfig, run: Run, blocks: Blocks, streams: Mapping[str, Samples], device: torch.device
-) -> tuple[dict[str, Features], torch.Tensor]:
+) -> tuple[dict[str, FeatureTable], torch.Tensor]:
     """The features of all streams, and the mean norm of each block over the sound training samples [blocks]."""
     found = []
     for backbone, preprocessing in zip(blocks.backbones, blocks.inputs, strict=True):
@@ -143,7 +143,9 @@ def about(blocks: Blocks, norms: torch.Tensor) -> list[dict[str, Any]]:
     ]
 
 
-def compare(config: FeaturesConfig, run: Run, features: Mapping[str, Features], widths: Sequence[int]) -> FittedHead:
+def compare(
+    config: FeaturesConfig, run: Run, features: Mapping[str, FeatureTable], widths: Sequence[int]
+) -> FittedHead:
     """Fit and judge all heads, print and write their table and picture, and return the best."""
     judged, skipped = fit_heads(config, features, widths)
     told = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -39,18 +40,19 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Exit status 0, 1 if `verify` finds something wrong, or 2 for a fault of the input."""
     options = _arguments(argv or ["--help"])
-    require(options.folder.is_dir(), f"--folder {options.folder} is not there; runs make it when they store something.")
-    store = ActivationStore(options.folder, limit_bytes=0)
+    folder: Path = options.folder
+    store = ActivationStore(folder, limit_bytes=0)
     try:
+        require(folder.is_dir(), f"--folder {folder} is not there; runs make it when they store something.")
         if options.command == "verify":
             return verify(store, remove=options.remove)
         if options.command == "prune":
             return prune(store, options)
+        rows = [row(shelf) for shelf in store.shelves()]
     except OSError as error:
         told = f"{error.strerror} ({error.filename})"
-        raise UserError(f"{store.folder} cannot be looked after: {told}; ask the user who made that.") from error
-    rows = [row(shelf) for shelf in store.shelves()]
-    print(table(rows) if rows else f"nothing is stored in {store.folder}")
+        raise UserError(f"{folder} cannot be looked after: {told}; ask the user who made that.") from error
+    print(table(rows) if rows else f"nothing is stored in {folder}")
     return 0
 
 
@@ -117,7 +119,7 @@ def prune(store: ActivationStore, options: argparse.Namespace) -> int:
         "lit-transfer store prune needs one of --limit_gb N, --unused_days N and --all.",
     )
     given = next((value for value in (limit_gb, days) if value is not None), 0)
-    require(given >= 0, f"{given} is negative; give 0 or more.")
+    require(0 <= given < math.inf, f"{given} is not a number of at least 0; give one, or --all.")
     before = {shelf.key: row(shelf) for shelf in store.shelves()}
     removed = store.prune(
         limit_bytes=None if limit_gb is None else round(limit_gb * 1e9),

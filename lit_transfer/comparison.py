@@ -16,7 +16,7 @@ from lit_transfer.config import Trainer
 from lit_transfer.errors import require
 from lit_transfer.evaluation import BATCH, Measured, predict_samples
 from lit_transfer.features.fitting import Choosing, FittedHead, Training, fit_head, why_not_fitted
-from lit_transfer.features.table import Features, groups_of
+from lit_transfer.features.table import FeatureTable, groups_of
 from lit_transfer.model.classical import Classical
 from lit_transfer.model.joined import Blocks
 from lit_transfer.model.module import Predictions, measured
@@ -55,7 +55,7 @@ class Judged:
 
 
 def fit_heads(
-    config: FeaturesConfig, features: Mapping[str, Features], widths: Sequence[int]
+    config: FeaturesConfig, features: Mapping[str, FeatureTable], widths: Sequence[int]
 ) -> tuple[list[Judged], dict[ClassicalHead, str]]:
     """Fit all heads of a config to `train`, and judge them on the other streams.
 
@@ -75,7 +75,7 @@ def fit_heads(
     return judged, skipped
 
 
-def _training(train: Features, widths: Sequence[int]) -> Training:
+def _training(train: FeatureTable, widths: Sequence[int]) -> Training:
     samples = train.samples
     weights = samples.weights[train.rows].astype(np.float64)
     return Training(
@@ -88,12 +88,12 @@ def _training(train: Features, widths: Sequence[int]) -> Training:
     )
 
 
-def _judge(config: FeaturesConfig, fitted: FittedHead, features: Mapping[str, Features]) -> Judged:
+def _judge(config: FeaturesConfig, fitted: FittedHead, features: Mapping[str, FeatureTable]) -> Judged:
     said = {name: _predict(fitted.head, own) for name, own in features.items() if name != "train"}
     return Judged(fitted, _verdict(config, said, features))
 
 
-def _verdict(config: FeaturesConfig, said: Mapping[str, Predictions], features: Mapping[str, Features]) -> Verdict:
+def _verdict(config: FeaturesConfig, said: Mapping[str, Predictions], features: Mapping[str, FeatureTable]) -> Verdict:
     manifest, val = features["train"].samples.manifest, said.get("val")
     task, metric = manifest.task, config.threshold_metric
     threshold = choose_threshold(task, val.probabilities, val.targets, metric) if val else None
@@ -110,7 +110,7 @@ def _verdict(config: FeaturesConfig, said: Mapping[str, Predictions], features: 
     return Verdict(evaluations, threshold)
 
 
-def _predict(head: Classical, features: Features) -> Predictions:
+def _predict(head: Classical, features: FeatureTable) -> Predictions:
     """What a head says of a stream."""
     target = torch.from_numpy(features.samples.targets[features.rows])
     logits = torch.cat([head(chunk) for chunk in torch.split(features.values, _CHUNK)])
@@ -181,7 +181,7 @@ class Result:
     run: Run
     blocks: Blocks
     norms: Tensor
-    features: Mapping[str, Features]
+    features: Mapping[str, FeatureTable]
     fitted: FittedHead
 
 

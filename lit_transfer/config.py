@@ -274,10 +274,12 @@ class Activations:
     """What frozen stages give for a picture, kept on disk: computed once for all epochs, phases, ranks and runs.
 
     Args:
-        store: `auto` where a short measurement says that it pays and there is room, `require` always, `off` never.
+        store: `auto` where a short measurement says that it pays (of `lit-transfer features`: always) and there is
+            room, `require` always, `off` never.
         views: augmented pictures stored of each training sample. null stores no augmented ones, so that phases with
-            augmentation compute; a count k stores the first k epochs' pictures, and epoch e takes those of epoch
-            e modulo k; d4 stores flips and quarter turns, each epoch as `augment` draws them (it may have no more).
+            augmentation compute; a count k stores the pictures of the run's first k epochs, and epoch e of the run
+            takes those of epoch e modulo k; d4 stores flips and quarter turns, each epoch as `augment` draws
+            them (it may have no more).
         prefix: how the frozen stages are computed: `plain` as in training in fp32; `fast` with BatchNorm folded, and
             in bf16 from the stage on where that is faster and keeps a mean cosine of 0.999 with fp32; `compiled` is
             fast through torch.compile, which takes a minute.

@@ -171,10 +171,15 @@ def _build(hint: Any, value: Any, path: str) -> Any:
     is_text = option is str or typing.get_origin(option) is Literal
     require(not (is_text and isinstance(value, float)), f"{path} is text, but {value} a number; quote it.")
     if is_text:
-        return str(value)
+        return _at_home(str(value))
     if option is bool:
         return _as_bool(value)
     return float(value) if option is float else value
+
+
+def _at_home(text: str) -> str:
+    """Only paths begin with ~/: below the home folder, as a shell would have it, which does not see into files."""
+    return str(Path(text).expanduser()) if text.startswith("~/") else text
 
 
 def _fits(option: Any, value: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -71,8 +73,7 @@ def build(wanted: Sequence[Wanted], source: Source, prefix: Prefix, *, share: tu
         progress: show a bar.
 
     Raises:
-        OSError: the disk is full.
-        UserError: a value is too large for the stored type.
+        OSError: the disk is full, or a value is too large for the stored type.
     """
     bar = None
     dataset = SampleDataset(source.samples, source.preprocessing, None)
@@ -87,7 +88,7 @@ def build(wanted: Sequence[Wanted], source: Source, prefix: Prefix, *, share: tu
                 if progress and bar is None:
                     left = {part for want in wanted for part in want.shelf.missing()}
                     bar = tqdm(total=_rows(left, wanted[0].shelf.records), unit="img", desc="storing activations")
-                claim.add(item, source.preprocessing, source.device, prefix)
+                claim.add(item, source.device, prefix)
                 if bar is not None:
                     bar.update(int((item["row"] != PADDING).sum()) + len(item["damaged"]))
                 if claim.is_full:
@@ -113,7 +114,7 @@ class _Claim:
     def is_full(self) -> bool:
         return self.done == len(self.rows)
 
-    def add(self, item: dict[str, object], preprocessing: Preprocessing, device: torch.device, prefix: Prefix) -> None:
+    def add(self, item: dict[str, object], device: torch.device, prefix: Prefix) -> None:
         """Compute the records of the next rows."""
         rows = self.rows[self.done : self.done + prefix.recipe.batch]
         given, valid, damages = item["image"], item["valid"], item["damaged"]
@@ -176,7 +177,7 @@ class _Claims(Sampler[Batch]):
 
 
 def check_records(wanted: Sequence[Wanted], source: Source, prefix: Prefix, count: int) -> None:
-    """Compute `count` random records of a stream's shelves again, and compare.
+    """Compute `count` random records of a stream's shelves again, and compare, where there are values.
 
     Raises:
         UserError: a record is not what its picture gives.
@@ -199,7 +200,8 @@ def _compare(output: Tensor, shelf: Shelf, places: NDArray[np.int64], sound: Ten
     given = _channels_last(output).float().cpu().flatten(1)
     kept = shelf.read(places).float().flatten(1)
     apart = (given - kept).norm(dim=1) / given.norm(dim=1).clamp(min=1e-6)
-    apart = torch.where(sound, apart, 0.0)
+    without = [*shelf.damaged({int(place) // ROWS_PER_PART for place in places})]
+    apart = torch.where(sound & ~torch.from_numpy(np.isin(places, without)), apart, 0.0)
     require(
         float(apart.max()) <= tolerance,
         f"{shelf.folder}: record {int(places[int(apart.argmax())])} differs by {float(apart.max()):.2g} of its norm "
@@ -224,14 +226,18 @@ def _channels_last(output: Tensor) -> Tensor:
 
 
 def _records(output: Tensor, shelf: Shelf, bad: list[int]) -> Tensor:
-    """Activations [n, ...] as they are stored, on the CPU."""
+    """Activations [n, ...] as they are stored, on the CPU.
+
+    Raises:
+        OSError: a value is too large for the stored type; a run may compute what cannot be stored.
+    """
     records = _channels_last(output).to(shelf.dtype).contiguous().cpu()
     records[bad] = 0
-    require(
-        bool(records.isfinite().all()),
-        f"activations at {shelf.description['content']['cut']} reach {float(output.abs().max()):.3g}, which "
-        f"activations.dtype {str(shelf.dtype).removeprefix('torch.')} cannot hold; use bfloat16 or float32.",
-    )
+    if not records.isfinite().all():
+        cut, dtype = shelf.description["content"]["cut"], str(shelf.dtype).removeprefix("torch.")
+        largest = float(output.abs().max())
+        told = f"those at {cut} reach {largest:.3g}, which activations.dtype {dtype} cannot hold"
+        raise OSError(errno.ERANGE, f"{told} and bfloat16 can" if math.isfinite(largest) else told)
     return records
 
 

@@ -114,7 +114,7 @@ class Weighing:
         return cls(**plain | {"cuts": tuple(CutCost(**cut) for cut in plain["cuts"])})
 
 
-def epoch_s(costs: Costs, use: Use, cut: int | None) -> float:
+def sample_s(costs: Costs, use: Use, cut: int | None) -> float:
     """Seconds that a sample's frozen part takes in training: computed for None, else read and run on from the cut."""
     if cut is None:
         return costs.load_s + costs.compute_s[use.frozen]
@@ -147,11 +147,11 @@ def _decide_up_to(
         known = (cut for cut in missing if cut <= use.frozen and (cut <= deepest or not missing[cut]))
         new = {cut: 0 if cut in chosen else missing[cut] for cut in known}
         fits = [cut for cut in new if not new[cut] or taken + new[cut] * costs.bytes[cut] <= free_bytes]
-        times = {cut: use.samples * epoch_s(costs, use, cut) + _write_s(costs, new[cut], cut) for cut in fits}
+        times = {cut: use.samples * sample_s(costs, use, cut) + _write_s(costs, new[cut], cut) for cut in fits}
         best = min(fits, key=lambda cut: (times[cut], -cut), default=None)
-        if best is not None and times[best] < use.samples * epoch_s(costs, use, None):
+        if best is not None and times[best] < use.samples * sample_s(costs, use, None):
             cuts[use.name] = best
-            saved_s += use.samples * epoch_s(costs, use, None) - times[best]
+            saved_s += use.samples * sample_s(costs, use, None) - times[best]
     return Decision(cuts, pass_s(costs, set(cuts.values()), missing, samples), saved_s)
 
 
@@ -192,13 +192,13 @@ def weigh(
             stage=stages[cut],
             build_s=pass_s(costs, [cut], missing, samples) + _write_s(costs, missing[cut], cut),
             read_s=use.samples * read_s,
-            run_on_s=use.samples * (epoch_s(costs, use, cut) - read_s),
+            run_on_s=use.samples * (sample_s(costs, use, cut) - read_s),
             bytes=records * costs.bytes[cut],
             missing_bytes=missing[cut] * costs.bytes[cut],
             chosen=cut == chosen,
         )
         cuts.append(row)
-    return Weighing(use.samples, use.samples * epoch_s(costs, use, None), free_bytes, tuple(cuts))
+    return Weighing(use.samples, use.samples * sample_s(costs, use, None), free_bytes, tuple(cuts))
 
 
 def _write_s(costs: Costs, records: int, cut: int) -> float:
@@ -219,6 +219,8 @@ def disk_speed(folder: Path, bytes: int = 32 << 20) -> tuple[float, float]:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):  # else it is memory that is read
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         written = time.perf_counter()
         path.read_bytes()
         return bytes / (written - start), bytes / (time.perf_counter() - written)

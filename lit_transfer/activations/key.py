@@ -17,6 +17,10 @@ from lit_transfer.data.streams import Samples
 from lit_transfer.model.backbone import Backbone
 from lit_transfer.model.stages import Step
 
+REVISION = 1
+"""Of this package's own way to a record. Raise it with each change of what `data.decode`, `model.augment`, `views`,
+`prefix` or a stage computes: nobody raises the package's version before a release.
+"""
 _PACKAGES = ("lit_transfer", "torchvision", "timm", "pillow", "simplejpeg")
 _version = cache(version)  # which reads files, and is asked for every shelf
 
@@ -57,7 +61,8 @@ def description(content: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Those of the packages that decode pictures and compute stages: with this one, too, the way may change."""
-    return {"torch": torch.__version__} | {name: _version(name) for name in _PACKAGES}
+    own = {"torch": torch.__version__, "revision": str(REVISION)}
+    return own | {name: _version(name) for name in _PACKAGES}
 
 
 def hash_stages(backbone: Backbone) -> list[str]:

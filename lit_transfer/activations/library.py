@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lit_transfer.activations.build import Source, Wanted, build, check_records,
 from lit_transfer.activations.contents import Contents
 from lit_transfer.activations.data import StoredStream
 from lit_transfer.activations.key import content, description, hash_stages, versions
+from lit_transfer.activations.part import CorruptRecord, open_part
 from lit_transfer.activations.prefix import Prefix, Recipe, fast_recipe, is_near, plain_recipe
 from lit_transfer.activations.shelf import Shelf
 from lit_transfer.activations.store import ActivationStore, default_folder
@@ -131,17 +133,31 @@ class Library:
             build(wanted, self._source(name), prefix, share=share, progress=progress)
 
     def mend(self, cut: int, recipe: Recipe, share: tuple[int, int]) -> int:
-        """Look at the checksum of every record of a cut; wrong parts are removed. Returns how many records were wrong.
+        """Look at the checksum of every record of a cut, and again at the pictures of those without values; parts that
+        are wrong, or lack a picture that can be read now, are removed. Returns how many records that is.
 
         `share`: this process, and how many there are that each look at their part.
         """
         wrong = 0
-        for shelf in self._shelves([cut], recipe):
-            for part in range(share[0], shelf.parts, share[1]):
-                if found := shelf.verify(part):
-                    shelf.discard(part)
-                    wrong += len(found)
+        open_part.cache_clear()  # another process may have built anew what this one holds open
+        for name, wanted in self._wanted([cut], recipe).items():
+            for shelf in (want.shelf for want in wanted):
+                for part in range(share[0], shelf.parts, share[1]):
+                    sound = self._sound_again(self.inputs[name][0], shelf, part)
+                    if found := shelf.verify(part, sound):
+                        shelf.discard(part, sound)
+                        wrong += len(found)
         return wrong
+
+    def _sound_again(self, samples: Samples, shelf: Shelf, part: int) -> list[int]:
+        """Places of a part that hold no values, for their pictures could not be read, and whose pictures can be now."""
+        places: list[int] = []
+        with suppress(CorruptRecord, OSError):  # which `verify` tells apart
+            places = [*shelf.damaged([part])]
+        if not places:
+            return []
+        item = SampleDataset(samples, self.preprocessing, None)[Batch(0, samples.rows[places])]
+        return [place for place, is_sound in zip(places, item["valid"].tolist(), strict=True) if is_sound]
 
     def check(self, cut: int, recipe: Recipe) -> None:
         """Compute random records again, and compare.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import struct
 import zlib
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from torch import Tensor
 from lit_transfer.data.cache import OpenFile
 from lit_transfer.errors import UserError
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """What records may be of, as safetensors calls it."""
 OPEN_PARTS = 256
 """Files that a process holds open, those used last."""
@@ -35,17 +34,10 @@ _HEAD_BYTES = 4096
 
 
 class CorruptRecord(UserError):
-    """A record is not what was written, or cannot be read; made from its sentence alone, as a loader's worker does.
-
-    Attributes:
-        part: that it stands in.
-    """
+    """A record is not what was written, or cannot be read; made from its sentence alone, as a loader's worker does."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence.rpartition("CorruptRecord: ")[2])
-        found = re.search(r"part-(\d+)\.safetensors", sentence)
-        assert found, sentence
-        self.part = int(found[1])
 
 
 @dataclass(frozen=True)

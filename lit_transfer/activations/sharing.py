@@ -38,6 +38,7 @@ EVICTED = ".evicted-"
 EVENTS = ("built", "wasted", "corrupted")
 _EVICTION = "eviction"
 _POLL_S = 0.05
+_ATTEMPTS = 100  # to make a folder that others evict meanwhile: some other thing of its name never goes away
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,21 @@ class SharedFolder:
     timeout_s: float
 
     def make(self) -> None:
-        """Make the folder and say in it what it is for, unless that is done."""
-        while not (self.path / ABOUT).exists():
+        """Make the folder and say in it what it is for, unless that is done.
+
+        Raises:
+            OSError: the folder cannot be made.
+        """
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            if (self.path / ABOUT).exists():
+                return
             try:
                 make_folder(self.path, self.group_writable)
                 write_json(self.path / ABOUT, self.about)
                 grant(self.path / ABOUT, self.group_writable)
-            except FileNotFoundError:  # evicted just now, or tidied by one who was faster
-                continue
-            except FileExistsError:  # also of a folder that was evicted before mkdir could look at what is there
-                if any(path.is_file() for path in (self.path, *self.path.parents)):
+            # Evicted just now, if need be before mkdir could look at what is there, or tidied by one who was faster.
+            except (FileNotFoundError, FileExistsError):
+                if not attempts_left:
                     raise
 
     def names(self) -> list[str]:
@@ -82,8 +88,8 @@ class SharedFolder:
             OSError: the folder cannot be written.
         """
         while True:
+            self.make()
             with suppress(FileNotFoundError):  # evicted just now
-                self.make()
                 held = self._acquire(name)
                 if held is None:
                     return None

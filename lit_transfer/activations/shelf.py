@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -172,26 +172,30 @@ class Shelf:
             self._read(number, 0, rows[first : first + ROWS_PER_PART])
         return values
 
-    def damaged(self) -> dict[int, str]:
-        """Why some records have no values, by their places.
+    def damaged(self, parts: Iterable[int] | None = None) -> dict[int, str]:
+        """Why some records of some parts, or of all, have no values, by their places.
 
         Raises:
             CorruptRecord: a part cannot be read.
         """
         return {
             part * ROWS_PER_PART + row: reason
-            for part in range(self.parts)
+            for part in (range(self.parts) if parts is None else parts)
             for row, reason in self._part(part).damaged.items()
         }
 
-    def verify(self, part: int) -> list[int]:
-        """Places in the shelf of a part's wrong records: all if the file cannot be read, none if there is none."""
+    def verify(self, part: int, sound: Collection[int] = ()) -> list[int]:
+        """Places in the shelf of a part's wrong records: all if the file cannot be read, none if there is none.
+
+        `sound`: places of records that have values if they are right.
+        """
         first, rows = part * ROWS_PER_PART, self._rows(part)
         open_part.cache_clear()
         record = np.empty((1, record_bytes(self.shape, self.dtype)), np.uint8)
         try:
             opened = self._open(part)
-            return [place for row in range(rows) for place in opened.read(row, record)]
+            wrong = {place for row in range(rows) for place in opened.read(row, record)}
+            return sorted(wrong.union(place for place in sound if place - first in opened.damaged))
         except FileNotFoundError:
             return []
         except ValueError:
@@ -201,13 +205,13 @@ class Shelf:
                 raise
             return [*range(first, first + rows)]
 
-    def discard(self, part: int) -> None:
-        """Remove a part if some of it is wrong, so that it is built again, and count it as corrupted."""
+    def discard(self, part: int, sound: Collection[int] = ()) -> None:
+        """Remove a part if `verify` finds some of it wrong, so that it is built again, and count it as corrupted."""
         claim = self.shared.hold(f"part-{part:05d}")
         if claim is None:  # somebody builds it anew
             return
         with claim:
-            wrong = self.verify(part)  # again: another process may have rebuilt it since
+            wrong = self.verify(part, sound)  # again: another process may have rebuilt it since
             if wrong:
                 self._path(part).unlink(missing_ok=True)
                 self.shared.log("corrupted", part, len(wrong))

@@ -17,6 +17,8 @@ from lit_transfer.activations.shelf import Shelf
 from lit_transfer.data import cache
 from lit_transfer.errors import UserError
 
+RESERVE_BYTES = 2 * 10**9
+"""Of a disk, left free: a run has to write its next checkpoint there, and others may use the disk, too."""
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
@@ -65,7 +67,7 @@ class ActivationStore:
         return self._shared(folder).evict()
 
     def free_bytes(self, wanted: Collection[Shelf] = ()) -> int:
-        """Bytes that fit below the limit and on the disk with nothing evicted; negative above the limit.
+        """Bytes that fit below the limit and, beside RESERVE_BYTES, on the disk with nothing evicted; may be negative.
 
         What live processes still add to the shelves that they build is taken off, but not for shelves in `wanted`.
         """
@@ -74,7 +76,8 @@ class ActivationStore:
         promised = sum(max(0, shelf.full_bytes - shelf.shared.stored_bytes()) for shelf in built_by_others)
         there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         disk = os.statvfs(there)
-        return min(self.limit_bytes - folder_bytes(self.folder), disk.f_bavail * disk.f_frsize) - promised
+        on_disk = disk.f_bavail * disk.f_frsize - RESERVE_BYTES
+        return min(self.limit_bytes - folder_bytes(self.folder), on_disk) - promised
 
     def room_bytes(self, wanted: Collection[Shelf] = ()) -> int:
         """Bytes that would fit if all was evicted that no process may use, but for `wanted`."""

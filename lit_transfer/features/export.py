@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from lit_transfer.features.table import Features
+from lit_transfer.features.table import FeatureTable
 from lit_transfer.files import replacing
 
 ROWS_PER_GROUP = 4096
@@ -21,7 +21,7 @@ ROWS_PER_GROUP = 4096
 def write_features(
     folder: Path,
     form: Literal["parquet", "npz"],
-    streams: Mapping[str, Features],
+    streams: Mapping[str, FeatureTable],
     label: str | None,
     blocks: Sequence[Mapping[str, Any]],
 ) -> Path:
@@ -45,7 +45,7 @@ def write_features(
     return path
 
 
-def _write_parquet(path: Path, streams: Mapping[str, Features], label: str | None, blocks: str) -> None:
+def _write_parquet(path: Path, streams: Mapping[str, FeatureTable], label: str | None, blocks: str) -> None:
     tables = [_table(name, features, label) for name, features in streams.items()]
     schema = tables[0].schema.with_metadata({"blocks": blocks})
     with pq.ParquetWriter(path, schema) as writer:
@@ -53,7 +53,7 @@ def _write_parquet(path: Path, streams: Mapping[str, Features], label: str | Non
             writer.write_table(table.replace_schema_metadata(schema.metadata), ROWS_PER_GROUP)
 
 
-def _table(name: str, features: Features, label: str | None) -> pa.Table:
+def _table(name: str, features: FeatureTable, label: str | None) -> pa.Table:
     values = features.values.numpy()
     labels = _labels(features, label)
     if labels.ndim == 1:
@@ -67,7 +67,7 @@ def _table(name: str, features: Features, label: str | None) -> pa.Table:
     return pa.table({"key": _keys(features), "split": [name] * len(values), **columns, "features": vectors})
 
 
-def _write_npz(path: Path, streams: Mapping[str, Features], label: str | None, blocks: str) -> None:
+def _write_npz(path: Path, streams: Mapping[str, FeatureTable], label: str | None, blocks: str) -> None:
     first = next(iter(streams.values()))
     np.savez(
         path,
@@ -80,11 +80,11 @@ def _write_npz(path: Path, streams: Mapping[str, Features], label: str | None, b
     )
 
 
-def _keys(features: Features) -> pa.ChunkedArray:
+def _keys(features: FeatureTable) -> pa.ChunkedArray:
     return features.samples.manifest.table["key"].take(features.rows)
 
 
-def _labels(features: Features, label: str | None) -> NDArray[Any]:
+def _labels(features: FeatureTable, label: str | None) -> NDArray[Any]:
     """Names of classes [N], or of a multilabel dataset fp32 [N, L]."""
     targets = features.samples.targets[features.rows]
     return targets if targets.ndim == 2 else np.array(features.samples.manifest.classes(label))[targets]

@@ -33,7 +33,7 @@ Vectors = tuple[Tensor, dict[int, str]]
 
 
 @dataclass(frozen=True)
-class Features:
+class FeatureTable:
     """The features of a stream, without its damaged samples.
 
     Args:
@@ -129,7 +129,9 @@ def mean_norms(blocks: Sequence[Vectors]) -> Tensor:
     return torch.where(norms > 0, norms, 1.0)
 
 
-def combine(name: str, samples: Samples, blocks: Sequence[Vectors], norms: Tensor, quarantine: Quarantine) -> Features:
+def combine(
+    name: str, samples: Samples, blocks: Sequence[Vectors], norms: Tensor, quarantine: Quarantine
+) -> FeatureTable:
     """The vectors of all blocks one after the other, each over its norm; damaged samples are listed and left out.
 
     Raises:
@@ -147,7 +149,7 @@ def combine(name: str, samples: Samples, blocks: Sequence[Vectors], norms: Tenso
     sound = sound_places(len(samples.rows), damaged)
     require(len(sound) > 0, f"no picture of data.{name} can be decoded; see {quarantine.path}.")
     values = torch.cat([values[sound] / norm for (values, _), norm in zip(blocks, norms, strict=True)], dim=1)
-    return Features(samples, samples.rows[sound.numpy()], values)
+    return FeatureTable(samples, samples.rows[sound.numpy()], values)
 
 
 def groups_of(samples: Samples, rows: Rows) -> NDArray[np.int64] | None:

@@ -20,6 +20,9 @@ from torch.utils.hooks import RemovableHandle
 from lit_transfer.model.network import Network
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+"""The limit of a container and what of it is used, by cgroup v2 and v1."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +204,18 @@ def free_bytes(device: torch.device) -> int:
     if told.is_file():
         kib = re.search(r"MemAvailable: +(\d+) kB", told.read_text())
         assert kib, "Linux tells it"
-        return int(kib[1]) * 1024
+        return min([int(kib[1]) * 1024, *_left_in_container()])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _left_in_container() -> list[int]:
+    """What the limit of a container, if there is one, leaves; the kernel drops cached files before it enforces it."""
+    left = []
+    for limit, used in ((_CGROUPS / limit, _CGROUPS / used) for limit, used in _CGROUP_FILES):
+        if limit.is_file() and (told := limit.read_text().strip()) != "max":
+            cached = re.search(r"^inactive_file (\d+)", limit.with_name("memory.stat").read_text(), re.MULTILINE)
+            left.append(max(0, int(told) - int(used.read_text()) + int(cached[1] if cached else 0)))
+    return left
 
 
 def peak_memory_mib() -> float:

@@ -163,8 +163,8 @@ def _samples(job: Job, plan: PhasePlan, steps_done: int) -> int:
 
 def _weigh(job: Job, uses: Sequence[Use], recipe: Recipe | None, library: Library) -> Choice:
     """Measure what computing and storing cost, and take what is faster."""
-    load_s = _load_s(job, library)
     compute_s = _compute_s(job, library, uses[0].frozen)
+    load_s = _load_s(job, library, compute_s[uses[0].frozen])
     alone_s = uses[0].samples * (load_s + compute_s[uses[0].frozen])
     if sum(use.samples for use in uses) * (load_s + compute_s[uses[0].frozen]) < _WORTH_MEASURING_S:
         return Choice(None, (), None, f"computes its frozen stages in each epoch, {alone_s:.0f} s in all")
@@ -186,15 +186,24 @@ def _weigh(job: Job, uses: Sequence[Use], recipe: Recipe | None, library: Librar
     return Choice(cut, tapped, recipe, f"reads stored activations; {why}", weighed)
 
 
-def _load_s(job: Job, library: Library) -> float:
-    """Seconds that a picture takes to be read and decoded, by as many workers as there are."""
+def _load_s(job: Job, library: Library, compute_s: float) -> float:
+    """Seconds that a picture takes to be read and decoded by as many workers as there are, as far as they do not do it
+    while a device computes the sample before; on a CPU they share its cores with what computes.
+    """
+    workers = job.config.data.workers
     samples = job.streams["train"]
     dataset = SampleDataset(samples, job.preprocessing, None)
     rows = samples.rows[:: max(1, len(samples.rows) // 32)][:32]
     start = time.perf_counter()
     dataset[Batch(0, rows)]
     taken = (time.perf_counter() - start) / len(rows)
-    return taken / max(1, min(job.config.data.workers, len(os.sched_getaffinity(0))))
+    loaded_s = taken / max(1, min(workers, _cores()))
+    return max(0.0, loaded_s - compute_s) if workers and library.device.type != "cpu" else loaded_s
+
+
+def _cores() -> int:
+    """That this process may use, as far as the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _compute_s(job: Job, library: Library, frozen: int) -> dict[int, float]:

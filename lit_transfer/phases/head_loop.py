@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lit_transfer.model.augment import mix
 from lit_transfer.model.module import LossNotFinite, TransferModule, seed_step
 from lit_transfer.objectives.losses import loss_rows
+from lit_transfer.phases import rank_zero
 from lit_transfer.phases.features import Features, Part, Stretch, stretches
 from lit_transfer.phases.many_heads import ManyHeads
 from lit_transfer.phases.optim import divide_gradients, set_lr
@@ -27,9 +28,6 @@ from lit_transfer.phases.validation import Validation
 
 BAR_AFTER_S = 1.0
 """A phase that is over before shows no bar."""
-
-BEAT_S = 60.0
-"""Between signs of life to the ranks that wait; a process group gives up after minutes without one."""
 
 
 class Learner(Protocol):
@@ -97,7 +95,7 @@ class HeadLoop:
         steps: of the phase.
         train: features of the training stream.
         val: those of the validation stream.
-        beat: called between stretches of steps, once `BEAT_S` have passed.
+        beat: called between stretches of steps, once `rank_zero.BEAT_S` have passed.
     """
 
     def __init__(
@@ -154,7 +152,7 @@ class HeadLoop:
             self._step(stretch, place)
             if self.steps.reason:
                 return
-        if self.beat and time.monotonic() - self._beaten > BEAT_S:
+        if self.beat and time.monotonic() - self._beaten > rank_zero.BEAT_S:
             self.beat()
             self._beaten = time.monotonic()
 

@@ -10,6 +10,7 @@ from lit_transfer.model.network import Network
 from lit_transfer.phases.agreement import check_ranks_equal
 from lit_transfer.phases.features import Features
 from lit_transfer.phases.head_loop import HeadLoop
+from lit_transfer.phases.rank_zero import FAILED, told
 from lit_transfer.phases.resume import load_weights
 from lit_transfer.phases.steps import Steps
 from lit_transfer.schedule import Phase
@@ -62,9 +63,9 @@ def train_heads(module: TransferModule, steps: Steps, train: Features | None, va
 def _lead(module: TransferModule, steps: Steps, train: Features | None, val: Features | None) -> None:
     """Rank 0: train, and tell the others how it ends."""
     assert train is not None
-    ended = "rank 0 met an error; its own message says which."
+    ended = FAILED
     try:
-        HeadLoop(module, steps, train, val, beat=lambda: _told("trains")).run()
+        HeadLoop(module, steps, train, val, beat=lambda: told("trains")).run()
         ended = "ended"
     except Stopped:
         ended = "stopped"
@@ -73,13 +74,13 @@ def _lead(module: TransferModule, steps: Steps, train: Features | None, val: Fea
         ended = str(error)
         raise
     finally:
-        _told(ended)
+        told(ended)
 
 
 def _follow(module: TransferModule, steps: Steps, *_: object) -> None:
     """Another rank: wait for rank 0, and take what it saved."""
     steps.stop.install()
-    while (ended := _told("")) == "trains":
+    while (ended := told("")) == "trains":
         pass
     if ended == "stopped":
         raise Stopped
@@ -89,10 +90,3 @@ def _follow(module: TransferModule, steps: Steps, *_: object) -> None:
     load_weights(module.network, saved["network"], steps.files.last)
     module.quarantine.go_on_from(saved["quarantine"])
     steps.go_on_from(saved)
-
-
-def _told(word: str) -> str:
-    """The word of rank 0, on every rank."""
-    words = [word]
-    dist.broadcast_object_list(words, src=0)
-    return words[0]

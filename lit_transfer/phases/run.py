@@ -37,6 +37,7 @@ from lit_transfer.phases.features import Features, in_memory
 from lit_transfer.phases.heads import require_features, train_heads, why_not_looped
 from lit_transfer.phases.job import Job, Setup
 from lit_transfer.phases.optim import build_optimizer
+from lit_transfer.phases.rank_zero import from_rank_0
 from lit_transfer.phases.resume import finished, load_weights, read_checkpoint
 from lit_transfer.phases.steps import Steps, StopSignal
 from lit_transfer.phases.stored import Stored, open_stored
@@ -123,6 +124,7 @@ def _run_phase(
         metrics.drop_after(plan.phase.name, first_step + steps.step, [result.name for result in before])
     reset_peak_memory()
     if not steps.reason:
+        stop.restore()  # no step is near while a store is built, and what is built stays: a signal ends that at once
         with open_stored(job, plans, before, steps.step, files, trainer) as stored:
             module = build_module(job, plan, optimizer, first_step + steps.step, steps.requests, quarantine, stored.cut)
             if not _train_on_features(job, plan, trainer, module, steps, stored):
@@ -138,12 +140,9 @@ def _run_phase(
 def _start_head(job: Job, trainer: pl.Trainer) -> None:
     """Fit the head's last layer to what the backbone gives (LP-FT); mutates the network. Every rank must call it."""
     network = job.network.to(trainer.strategy.root_device)
-    start = None
+    start = from_rank_0(partial(start_of_head, network, job.config, job.streams["train"], job.preprocessing))
     if trainer.is_global_zero:
-        start = start_of_head(network, job.config, job.streams["train"], job.preprocessing)
         print(f"the head starts as a logistic regression: {start.record}", flush=True)
-    start = trainer.strategy.broadcast(start)
-    assert start is not None
     start.put_into(network.cpu().head)
 
 

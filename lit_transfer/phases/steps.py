@@ -3,7 +3,7 @@
 After each step: the average of the weights, the curves, validation if it is due, what validation decides, a
 checkpoint if it is due, the end of the phase, a stop that was asked for. A checkpoint is therefore always taken when
 all that belongs to its step is done, and the position in a phase is one number: the steps done. Lightning's hooks
-follow these rules, and so does the plain loop of `heads.py`.
+follow these rules, and so does the plain loop of `head_loop.py`.
 """
 
 from __future__ import annotations

@@ -53,9 +53,13 @@ class Stored:
 def check_activations(
     config: Config, plans: Sequence[PhasePlan], stages: Sequence[str], preprocessing: Preprocessing
 ) -> None:
-    """Refuse phases that `activations.store: require` cannot store."""
+    """Refuse phases that need stored activations, by `require` or for their `heads`, and cannot have them."""
     for plan in plans:
         reason = why_not(config, plan.phase, preprocessing)
+        require(
+            plan.phase.heads is None or reason is None,
+            f"phase '{plan.phase.name}': heads trains on stored features, but {reason}.",
+        )
         require(
             config.activations.store != "require" or frozen_stages(plan, stages) == 0 or reason is None,
             f"phase '{plan.phase.name}': activations.store is require, but {reason}.",
@@ -82,7 +86,8 @@ def open_stored(
         trainer: of the phase; ranks that do not run yet are started.
 
     Raises:
-        UserError: a stored record is not what its picture gives, or `require` cannot be kept.
+        UserError: a stored record is not what its picture gives, `require` cannot be kept, or a phase that began with
+            stored activations finds no room for them.
     """
     settings, name = job.config.activations, plans[0].phase.name
     if settings.store == "off" or job.network.first_trained == 0:
@@ -107,10 +112,12 @@ def _open(
     trainer: pl.Trainer,
     uses: ExitStack,
 ) -> Stored:
+    name = plans[0].phase.name
     library = _library(job, plans[0], before, steps_done, trainer.strategy.root_device)
+    began = trainer.strategy.broadcast(_begun_with(job, files) if steps_done > 0 else None)
     found: Choice | Stored | OSError | UserError | None = None
     if trainer.is_global_zero:
-        found = _attempt(partial(_settle, job, plans, before, steps_done, files, library))
+        found = _attempt(partial(_settle, job, plans, before, steps_done, files, library, began))
     found = trainer.strategy.broadcast(found)
     if isinstance(found, Choice):
         found = Stored() if found.cut is None else _fill(library, found, trainer, uses)
@@ -122,11 +129,16 @@ def _open(
     uses.close()
     told = f"activations cannot be stored in {library.store.folder}: {found.strerror or found}"
     require(
+        began is None,
+        f"{told}, but phase '{name}' began with stored ones and would end with other weights without; make room, name "
+        "another activations.folder, or choose another --name.",
+    )
+    require(
         job.config.activations.store != "require",
         f"{told}, but activations.store is require; make room, name another activations.folder, or use auto.",
     )
     if trainer.is_global_zero:
-        print(f"phase {plans[0].phase.name} computes its frozen stages in each epoch: {told}", flush=True)
+        print(f"phase {name} computes its frozen stages in each epoch: {told}", flush=True)
         write_json(files.folder / FILE_NAME, Choice(None, (), None, told).to_plain())
     return Stored()
 
@@ -138,19 +150,28 @@ def _settle(
     steps_done: int,
     files: PhaseFiles,
     library: Library,
+    began: Choice | None,
 ) -> Choice:
     """What the phase reads, written down: rank 0 decides."""
-    choice = read_choice(files) if steps_done > 0 else None
-    if choice:
-        # A phase goes on as it was begun: to compute and to read rounded numbers would not give the same weights.
-        if choice.cut is not None and choice.recipe is not None:
-            recipe = library.here(choice.recipe)  # another machine may have begun it
-            choice = replace(choice, recipe=recipe, tapped=with_room(library, choice.cut, choice.tapped, recipe))
-    else:
+    choice = began
+    if choice is None:
         choice = choose(job, plans, before, steps_done, library)
         write_json(files.folder / FILE_NAME, choice.to_plain())
+    elif choice.cut is not None and choice.recipe is not None:
+        recipe = library.here(choice.recipe)  # another machine may have begun it
+        choice = replace(choice, recipe=recipe, tapped=with_room(library, choice.cut, choice.tapped, recipe))
     print(f"phase {plans[0].phase.name}: {choice.why}", flush=True)
     return choice
+
+
+def _begun_with(job: Job, files: PhaseFiles) -> Choice | None:
+    """What a phase goes on with: to compute and to read rounded numbers would not give the same weights.
+
+    None where nothing was decided, or where it was to compute and `require` has been agreed to since.
+    """
+    choice = read_choice(files)
+    computes = choice is not None and choice.cut is None
+    return None if computes and job.config.activations.store == "require" else choice
 
 
 def read_choice(files: PhaseFiles) -> Choice | None:

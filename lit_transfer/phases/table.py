@@ -283,7 +283,7 @@ def fingerprint(
         "weights_sha256": weights_sha256,
         "phases": phases,
         "precision": plain["trainer"]["precision"],
-        "activations": {key: plain["activations"][key] for key in ("views", "prefix", "dtype")},
+        "activations": {key: plain["activations"][key] for key in ("store", "views", "prefix", "dtype")},
     }
 
 

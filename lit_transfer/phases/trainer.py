@@ -44,7 +44,7 @@ def check_machine(config: TrainerConfig) -> bool:
     on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
     require(
         on_gpu or config.accelerator != "gpu",
-        "trainer.accelerator is gpu but no GPU is visible; use auto or cpu.",
+        "accelerator gpu needs a GPU and none is visible; use auto or cpu.",
     )
     require(
         on_gpu or config.precision != "16-mixed",

@@ -16,7 +16,7 @@ from lit_transfer.errors import UserError
 from lit_transfer.launch.train import prepare_setup
 from lit_transfer.model.ema import Ema
 from lit_transfer.model.module import Stopped
-from lit_transfer.phases import head_loop
+from lit_transfer.phases import rank_zero
 from lit_transfer.phases.checkpoint import PhaseFiles
 from lit_transfer.phases.heads import train_heads
 from lit_transfer.phases.optim import build_optimizer
@@ -72,7 +72,7 @@ def phase_on_a_rank(rank: int, folder: Path, data: Path, name: str) -> dict[str,
 
 def on_a_rank(rank: int, folder: Path, data: Path) -> None:
     torch.set_num_threads(1)
-    head_loop.BEAT_S = 0.0
+    rank_zero.BEAT_S = 0.0
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save({name: phase_on_a_rank(rank, folder, data, name) for name in ROWS}, folder / f"left-{rank}.pt")
     dist.destroy_process_group()

@@ -17,9 +17,9 @@ import torch
 from faults import FAULTS
 from safetensors.torch import save_file
 
+from lit_transfer.errors import UserError
 from lit_transfer.launch.train import prepare_job
 from lit_transfer.model.network import Network
-from lit_transfer.phases.agreement import RanksDiffer
 from lit_transfer.phases.job import Job
 from lit_transfer.phases.run import run_phases
 from lit_transfer.phases.steps import Steps
@@ -98,7 +98,7 @@ def main(fault: str, *files: str) -> None:
     for folder, job, plans in runs:
         try:
             run_phases(job, plans, callbacks=[Witness(folder), *FAULTS[fault]()])
-        except RanksDiffer as error:
+        except UserError as error:
             (folder / f"error-{rank()}.txt").write_text(str(error))
             raise
         dump(job.network.state_dict(), folder / f"{len(plans)}-{rank()}.safetensors")

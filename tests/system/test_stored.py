@@ -234,6 +234,23 @@ def test_what_cannot_be_stored_is_refused_before_any_work(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("row", "sections", "reason"),
+    [
+        ({}, {"augment": MOVING}, "augment draws new pictures each epoch"),
+        ({"mixup": 0.4}, {}, "mixup mixes pictures, and would mix activations at the cut"),
+    ],
+)
+def test_heads_that_auto_would_not_store_for_are_refused_before_any_work(
+    manifest: Manifest, tmp_path: Path, row: Any, sections: Any, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = {**HEAD, "name": "many", "lr": None, "heads": {"lr": [0.1, 0.01]}, **row}
+    config = configured(manifest, tmp_path, "refused", [HEAD, many], {"store": "auto"}, **sections)
+    assert main(["train", "--config", written(config, tmp_path)]) == 2
+    assert f"phase 'many': heads trains on stored features, but {reason}" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_phase_without_frozen_stages_asks_for_nothing(manifest: Manifest, tmp_path: Path) -> None:
     phases = [{**TOP, "train": "all", "max_steps": 1, "max_epochs": None, "cutmix": 1.0}]
     config = configured(manifest, tmp_path, "all", phases, {"store": "require"}, augment=MOVING)

@@ -6,13 +6,15 @@ import errno
 import json
 import os
 import shutil
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from digits import digits
+from digits import digits, prepared
 from packing import damage
 from stored_runs import (
     EXACT,
@@ -35,13 +37,15 @@ from stored_runs import (
 from test_kill import assert_same_run, run_jobs
 
 from lit_transfer.activations.costs import Decision
-from lit_transfer.activations.prefix import plain_recipe
+from lit_transfer.activations.library import Library
+from lit_transfer.activations.prefix import Recipe, plain_recipe
 from lit_transfer.activations.shelf import Shelf
 from lit_transfer.activations.store import ActivationStore
 from lit_transfer.config import Config
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.errors import UserError
 from lit_transfer.phases.checkpoint import PhaseFiles
+from lit_transfer.phases.run import build_data, run_phases
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +283,54 @@ def test_a_phase_does_not_go_on_at_another_cut(
         ran(small)
 
 
+def stored_as(config: Config, store: Any) -> Config:
+    return replace(config, activations=replace(config.activations, store=store))
+
+
+def test_a_phase_that_began_to_read_does_not_compute_without_room(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = to_be_killed(manifest, tmp_path, store="auto")
+    with monkeypatch.context() as patch:
+        storing_pays(patch)
+        killed_after(config, 3, monkeypatch)
+    decided = choices(config)
+    shutil.rmtree(tmp_path / "store")
+    monkeypatch.setattr(Shelf, "write", full_disk)
+    told = "No space left on device, but phase 'top' began with stored ones .*; make room, .* choose another --name.$"
+    with pytest.raises(UserError, match=told):
+        ran(config)
+    assert choices(config) == decided
+
+
+@pytest.mark.parametrize(("reads", "changed"), [(True, "off"), (False, "require")])
+def test_whether_a_phase_reads_or_computes_changes_only_where_that_is_agreed_to(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: bool, changed: str
+) -> None:
+    config = to_be_killed(manifest, tmp_path, store="auto")
+    with monkeypatch.context() as patch:
+        if reads:
+            storing_pays(patch)
+        killed_after(config, 3, monkeypatch)
+    assert cuts(config) == {"top": FROZEN - 2 if reads else None}
+    other = stored_as(config, changed)
+    with pytest.raises(UserError, match=rf"\(activations.store: auto -> {changed}\); .* with --allow-changed-plan.$"):
+        prepared(other)
+    opened: list[int] = []
+    monkeypatch.setattr("lit_transfer.phases.run.build_data", noting_streams(opened))
+    run_phases(*prepared(other, allow_changed_plan=True))
+    assert opened == [0 if reads else 2], "streams that are read from the store"
+
+
+def noting_streams(found: list[int]) -> Callable[..., Any]:
+    def build(setup: Any, plan: Any, steps: range, before: Any, stored: dict[str, Any]) -> Any:
+        assert steps.start == 3, "it goes on from its step"
+        found.append(len(stored))
+        return build_data(setup, plan, steps, before, stored)
+
+    return build
+
+
 def test_a_phase_that_began_to_compute_does_not_read_later(
     manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Left
 ) -> None:
@@ -287,6 +339,28 @@ def test_a_phase_that_began_to_compute_does_not_read_later(
     storing_pays(monkeypatch)
     assert_same(ran(config), uninterrupted)
     assert cuts(config) == {"top": None} and not (tmp_path / "store").exists()
+
+
+def test_a_signal_ends_the_build_of_a_later_phase(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The phase before, trained by the plain loop, has left a handler that waits for the next step."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    found, fill = [], Library.fill
+
+    def interrupted(library: Library, cuts: set[int], recipe: Recipe, **settings: Any) -> None:
+        found.append([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
+        if len(found) == 3:  # the first phase calls it twice
+            os.kill(os.getpid(), signal.SIGINT)
+        fill(library, cuts, recipe, **settings)
+
+    monkeypatch.setattr(Library, "fill", interrupted)
+    config = configured(manifest, tmp_path, "run", [HEAD, TOP], EXACT)
+    with pytest.raises(KeyboardInterrupt):
+        ran(config)
+    assert found == [handlers] * 3
+    done = [(config.run_dir / "checkpoints" / name / "done.json").is_file() for name in ("head", "top")]
+    assert done == [True, False]
 
 
 def test_what_a_killed_build_has_stored_is_kept(manifest: Manifest, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from shelves import contents, cuts, filled, open_shelf
 from lit_transfer.activations import lease, store
 from lit_transfer.activations.contents import Contents
 from lit_transfer.activations.lease import Holder
-from lit_transfer.activations.sharing import ABOUT, SharedFolder
+from lit_transfer.activations.sharing import ABOUT
 from lit_transfer.activations.shelf import Shelf
 from lit_transfer.activations.store import ActivationStore, default_folder
 from lit_transfer.errors import UserError
@@ -148,7 +148,8 @@ def test_what_is_used_or_built_or_wanted_stays(tmp_path: Path) -> None:
 def test_a_full_disk_needs_room_too(kept: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(kept, "a", used_s=1.0)
     filled(kept, "b", used_s=2.0)
-    monkeypatch.setattr(store.os, "statvfs", lambda _: SimpleNamespace(f_bavail=2, f_frsize=50))
+    blocks = 2 + store.RESERVE_BYTES // 50
+    monkeypatch.setattr(store.os, "statvfs", lambda _: SimpleNamespace(f_bavail=blocks, f_frsize=50))
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -281,24 +282,3 @@ def test_prune(kept: ActivationStore, asked: dict[str, Any], left: str) -> None:
 def test_the_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     assert default_folder() == Path("/cache/lit_transfer/activations")
-
-
-def test_a_folder_that_is_evicted_while_it_is_made_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """mkdir finds it there, and then does not find a folder: the error says that it exists."""
-    folder = SharedFolder(tmp_path / "store" / "shelf", {}, group_writable=False, timeout_s=TIMEOUT_S)
-    mkdir, evicted = os.mkdir, []
-
-    def racing(path: Path, mode: int = 0o777) -> None:
-        if Path(path) == folder.path and not evicted:
-            evicted.append(path)
-            raise FileExistsError(path)
-        mkdir(path, mode)
-
-    monkeypatch.setattr(os, "mkdir", racing)
-    folder.make()
-    assert evicted and (folder.path / ABOUT).is_file()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"File exists|Not a directory"):
-        SharedFolder(tmp_path / "file" / "shelf", {}, group_writable=False, timeout_s=TIMEOUT_S).make()

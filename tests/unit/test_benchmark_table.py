@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from lit_transfer.tracking import commit
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU, GPU = "cpu-some-2-cores", "some-gpu"
 
@@ -59,7 +61,7 @@ def test_a_result_names_its_machine_and_every_figure_is_one_of_the_table(
     found = json.loads(path.read_text())
     assert path == tmp_path / f"store-{found['hardware']}.json"
     assert found["ratios"] == {"loop_over_bare": 1.3} and found["measured"] == {"seconds": [1.0]}
-    assert found["versions"]["torch"]
+    assert found["versions"]["torch"] and found["commit"] == commit()
     assert capsys.readouterr().out == "loop_over_bare 1.300 (aim 1.25 or less, missed)\n"
     with pytest.raises(AssertionError, match="stored_epochs"):
         table.write_result("store", {"stored_epochs": 1.3}, {})

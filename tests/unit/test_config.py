@@ -270,6 +270,14 @@ def test_a_preset_stays_as_it_is_written() -> None:
     assert config.phases == {"preset": "freeze_thaw", "thaw_from": "layer4"}
 
 
+def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = small("--runs_dir=~/runs", "--activations.folder=~/a", "--data.train.manifest", "[~/x, s3://b/~/y, a/~]")
+    assert config.run_dir == Path("/home/someone/runs/run")
+    assert config.activations.folder == "/home/someone/a"
+    assert config.data.train.manifest == ["/home/someone/x", "s3://b/~/y", "a/~"]
+
+
 def test_packing_is_read_by_the_same_rules() -> None:
     pack = parse(Pack, override({}, ["--source", "a", "--out", "b", "--splits", "{train: 1}", "--classes", "[no, 1]"]))
     assert pack.splits == {"train": 1.0} and pack.classes == ["no", "1"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lit_transfer.activations import costs as costs_module
-from lit_transfer.activations.costs import Costs, Use, decide, disk_speed, epoch_s, pass_s, weigh
+from lit_transfer.activations.costs import Costs, Use, decide, disk_speed, pass_s, sample_s, weigh
 
 COSTS = Costs(
     load_s=0.001,
@@ -34,10 +34,10 @@ def top(epochs: int) -> Use:
 
 
 def test_a_sample_is_computed_or_read_and_run_on() -> None:
-    assert epoch_s(COSTS, head(1), None) == pytest.approx(0.001 + 0.007)
-    assert epoch_s(COSTS, head(1), 3) == pytest.approx(0.0001)
-    assert epoch_s(COSTS, head(1), 1) == pytest.approx(0.004 + 0.006)
-    assert epoch_s(COSTS, top(1), 2) == pytest.approx(0.002)
+    assert sample_s(COSTS, head(1), None) == pytest.approx(0.001 + 0.007)
+    assert sample_s(COSTS, head(1), 3) == pytest.approx(0.0001)
+    assert sample_s(COSTS, head(1), 1) == pytest.approx(0.004 + 0.006)
+    assert sample_s(COSTS, top(1), 2) == pytest.approx(0.002)
 
 
 def test_a_long_phase_stores() -> None:
@@ -184,6 +184,16 @@ def test_the_speed_of_a_disk_is_bytes_over_seconds(tmp_path: Path, monkeypatch: 
     write, read = disk_speed(tmp_path / "new", bytes=1000)
     assert write == pytest.approx(2000) and read == pytest.approx(10000)
     assert list(tmp_path.iterdir()) == [], "who stores something makes the folder, as all who share it may use it"
+
+
+def test_what_was_written_is_not_read_from_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(costs_module.os, "fsync", lambda _: calls.append("safe"))
+    monkeypatch.setattr(costs_module.os, "posix_fadvise", lambda _, *what: calls.append(what), raising=False)
+    monkeypatch.setattr(costs_module.os, "POSIX_FADV_DONTNEED", 4, raising=False)
+    monkeypatch.setattr(Path, "read_bytes", lambda _: calls.append("read"))
+    disk_speed(tmp_path, bytes=1000)
+    assert calls == ["safe", (0, 0, 4), "read"], "what is not safe yet stays in memory"
 
 
 def test_a_full_disk_leaves_nothing_of_the_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

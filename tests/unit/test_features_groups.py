@@ -19,7 +19,7 @@ from lit_transfer.data.streams import Samples, open_stream
 from lit_transfer.errors import UserError
 from lit_transfer.features.fitting import Choosing, Training, check_targets, fit_head, make_folds
 from lit_transfer.features.initialise import check_start, fit_linear_head
-from lit_transfer.features.table import Features, groups_of
+from lit_transfer.features.table import FeatureTable, groups_of
 from lit_transfer.reading import parse
 
 VIEWS = 10
@@ -95,7 +95,7 @@ def test_heads_of_a_dataset_are_fitted_by_its_groups(tmp_path: Path) -> None:
     stream = {"manifest": str(samples.manifest.path), "split": "train"}
     plain = {"name": "a", "data": {"train": stream}, "backbones": [{"model": {"backbone": "timm/test_resnet"}}]}
     config = parse(FeaturesConfig, plain | {"heads": ["lda"], "progress": False})
-    features = Features(samples, samples.rows, torch.randn(24, 4))
+    features = FeatureTable(samples, samples.rows, torch.randn(24, 4))
     with pytest.raises(UserError, match="the 2 groups of the training samples cannot be dealt"):
         fit_heads(config, {"train": features}, [4])
 

@@ -24,7 +24,7 @@ from lit_transfer.data.quarantine import Quarantine
 from lit_transfer.data.streams import Samples, open_streams
 from lit_transfer.errors import UserError
 from lit_transfer.features.export import write_features
-from lit_transfer.features.table import Features, Vectors, block_vectors, combine, mean_norms
+from lit_transfer.features.table import FeatureTable, Vectors, block_vectors, combine, mean_norms
 from lit_transfer.model.augment import eval_input
 from lit_transfer.model.backbone import build_backbone
 from lit_transfer.model.joined import Blocks, open_blocks
@@ -205,10 +205,10 @@ def test_without_room_features_are_computed_or_the_run_ends(
         monkeypatch.setattr(Shelf, "write", full)
 
 
-def table(manifest: Manifest, stream: str = "val") -> Features:
+def table(manifest: Manifest, stream: str = "val") -> FeatureTable:
     samples = open_streams(config(manifest).data, 0)[stream]
     values = torch.rand(len(samples.rows) - 1, 5, generator=torch.Generator().manual_seed(0))
-    return Features(samples, samples.rows[1:], values)
+    return FeatureTable(samples, samples.rows[1:], values)
 
 
 def test_parquet_holds_keys_splits_labels_and_vectors(manifest: Manifest, tmp_path: Path) -> None:

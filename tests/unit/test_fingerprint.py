@@ -27,6 +27,7 @@ def printed(settings: Config, samples: int = 17) -> dict[str, Any]:
         {"objective": {"label_smoothing": 0.1}},
         {"monitor": "val/accuracy"},
         {"trainer": {"precision": "bf16-mixed"}},
+        {"activations": {"store": "off"}},
         {"data": {"train": {"manifest": "x", "split": "all"}, "val": {"manifest": "x", "split": "val"}}},
         {
             "data": {

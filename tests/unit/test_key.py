@@ -71,8 +71,17 @@ def another_digest(backbone: Backbone, samples: Samples) -> dict[str, Any]:
     return described(backbone, replace(samples, manifest=changed))
 
 
-def another_version(backbone: Backbone, samples: Samples) -> dict[str, Any]:
-    return described(backbone, samples) | {"versions": key_module.versions() | {"torch": "0.1"}}
+def another_version(name: str, backbone: Backbone, samples: Samples) -> dict[str, Any]:
+    real = key_module._version
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(key_module, "_version", lambda package: "0.0" if package == name else real(package))
+        return described(backbone, samples)
+
+
+def with_changed(attribute: str, value: Any, backbone: Backbone, samples: Samples) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attribute, value)
+        return described(backbone, samples)
 
 
 CHANGES: dict[str, Callable[[Backbone, Samples], dict[str, Any]]] = {
@@ -105,7 +114,12 @@ CHANGES: dict[str, Callable[[Backbone, Samples], dict[str, Any]]] = {
             "compiled": True,
         }.items()
     },
-    "version": another_version,
+    **{
+        f"version of {name}": partial(another_version, name)
+        for name in ("lit_transfer", "torchvision", "timm", "pillow", "simplejpeg")
+    },
+    "version of torch": partial(with_changed, "torch.__version__", "0.0"),
+    "revision": partial(with_changed, "lit_transfer.activations.key.REVISION", key_module.REVISION + 1),
 }
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lit_transfer.model import memory as memory_module
 from lit_transfer.model.backbone import build_backbone
 from lit_transfer.model.heads import build_head
-from lit_transfer.model.memory import Memory, frozen_bytes, phase_memory, saved_bytes
+from lit_transfer.model.memory import Memory, free_bytes, frozen_bytes, phase_memory, saved_bytes
 from lit_transfer.model.network import Network, batch_norms
 from lit_transfer.recipe import Head, Model
 
@@ -135,6 +137,27 @@ def test_the_total_takes_the_larger_of_what_is_not_needed_at_once() -> None:
     sizes = {"weights": 1, "gradients": 10, "optimizer": 100, "batch": 1000}
     assert Memory(**sizes, saved=20_000, frozen=50_000).total == 51_111
     assert Memory(**sizes, saved=50_000, frozen=20_000).total == 51_111
+
+
+@pytest.mark.parametrize(
+    ("limit", "used"),
+    [("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")],
+)
+@pytest.mark.skipif(platform.system() != "Linux", reason="others have no control groups")
+def test_what_is_free_in_a_container_is_what_its_limit_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, used: str
+) -> None:
+    host, cpu = free_bytes(torch.device("cpu")), torch.device("cpu")
+    monkeypatch.setattr(memory_module, "_CGROUPS", tmp_path)
+    (tmp_path / "memory").mkdir()
+    (tmp_path / used).write_text("6000\n")
+    (tmp_path / limit).with_name("memory.stat").write_text("anon 5000\ninactive_file 700\nactive_file 300\n")
+    for told, left in (("10000\n", 4700), ("5000\n", 0)):
+        (tmp_path / limit).write_text(told)
+        assert free_bytes(cpu) == left, "cached files can be dropped"
+    for told in ("max\n", "9223372036854771712\n"):
+        (tmp_path / limit).write_text(told)
+        assert free_bytes(cpu) > host / 2
 
 
 FAULTS = """

@@ -206,5 +206,6 @@ def test_what_a_shelf_says_of_itself(tmp_path: Path) -> None:
 
 
 def test_a_type_that_cannot_be_stored() -> None:
-    with pytest.raises(UserError, match=r"records of torch.int64 cannot be stored; use one of float64, float32"):
+    told = r"records of torch.int64 cannot be stored; use one of float32, float16, bfloat16\."
+    with pytest.raises(UserError, match=told):
         Contents(DESCRIPTION, 3, (2,), torch.int64)

@@ -91,7 +91,9 @@ def test_prune_prints_what_it_removed(kept: ActivationStore, capsys: pytest.Capt
     [
         (["prune"], "needs one of --limit_gb N, --unused_days N and --all"),
         (["prune", "--all", "--limit_gb", "1"], "needs one of"),
-        (["prune", "--limit_gb", "-1"], "-1.0 is negative"),
+        (["prune", "--limit_gb", "-1"], "-1.0 is not a number of at least 0"),
+        (["prune", "--limit_gb", "inf"], "inf is not a number of at least 0; give one, or --all"),
+        (["prune", "--unused_days", "nan"], "nan is not a number"),
         (["prun"], "invalid choice: 'prun'"),
         (["prune", "--unused_days", "x"], "invalid float value: 'x'"),
     ],
@@ -101,6 +103,20 @@ def test_a_command_that_makes_no_sense(kept: ActivationStore, arguments: list[st
     kept.folder.mkdir()
     with pytest.raises(UserError, match=re.escape(sentence)):
         command(kept, *arguments)
+
+
+@pytest.mark.parametrize("refused_call", ["iterdir", "is_dir"])
+def test_a_folder_that_may_not_be_read_is_said(
+    kept: ActivationStore, monkeypatch: pytest.MonkeyPatch, refused_call: str
+) -> None:
+    filled(kept, "a")
+
+    def refused(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, refused_call, refused)
+    with pytest.raises(UserError, match=r"cannot be looked after: Permission denied \(.*store\); ask the user"):
+        command(kept, "list")
 
 
 def test_a_folder_that_is_not_there(kept: ActivationStore) -> None:

@@ -1,0 +1,50 @@
+"""The figures of `benchmarks/elpv.py` are those of the run, and its table has all of them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from digits import digits, finished_run, tiny_config
+
+from lit_transfer.data.packing.items import Pack
+from lit_transfer.data.packing.pack import pack
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def elpv(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    before = set(sys.modules)
+    yield importlib.import_module("elpv")
+    for name in ("elpv", "processes", "table"):
+        if name not in before:
+            sys.modules.pop(name, None)
+
+
+def test_figures_are_those_of_the_run_and_of_each_type(elpv: ModuleType, tmp_path: Path) -> None:
+    digits(tmp_path / "cells")
+    listing = tmp_path / "cells" / "digits.csv"
+    header, *lines = listing.read_text().splitlines()
+    types = [f"{line.rpartition(',')[0]},{('mono', 'poly')[i // 2 % 2]}" for i, line in enumerate(lines)]
+    listing.write_text("\n".join([header.replace("digit", "type"), *types]))
+    out = str(tmp_path / "packed")
+    splits = {"train": 0.4, "val": 0.2, "test": 0.4}
+    packed = pack(Pack(source=str(listing), out=out, labels=["parity"], splits=splits, stratify=["type"], workers=1))
+    config = tiny_config(packed.manifest, tmp_path)
+    summary = finished_run(replace(config, objective=replace(config.objective, threshold_metric="accuracy")))
+    found = elpv.figures(config.run_dir)
+    for name in elpv.FIGURES:
+        assert found["single"]["all"][name] == pytest.approx(summary[f"test/{name}"], abs=1e-6)
+    for how in ("single", "averaged"):
+        each = [found[how][kind]["accuracy"] for kind in elpv.TYPES]
+        assert min(each[1:]) <= each[0] <= max(each[1:]), "all cells are those of both types"
+    assert found["single"] != found["averaged"]
+    text = elpv.table([found, found])
+    assert f"{found['averaged']['poly']['auroc']:.4f} +- 0.0000" in text and "Deitsch 2019" in text
