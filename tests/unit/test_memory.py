@@ -161,17 +161,14 @@ def test_what_is_free_in_a_container_is_what_its_limit_leaves(
 
 
 FAULTS = """
-import resource, torch
+import resource, statistics, torch
 {before}
-def step() -> None:
+def faults() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     a = torch.ones(2**24)  # 64 MiB
     b = a + 1
-for _ in range(8):  # until what was freed in between has grown together
-    step()
-faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(statistics.median([faults() for _ in range(15)]))  # the heap may grow now and then
 """
 
 
@@ -180,8 +177,8 @@ def test_freed_memory_is_used_again() -> None:
     """The kernel hands out no new pages for tensors as large as those that were freed."""
     kept = "from lit_transfer.model.memory import keep_freed_memory as keep; keep()"
     faults = {
-        before: int(subprocess.check_output([sys.executable, "-c", FAULTS.format(before=before)], text=True))
+        before: float(subprocess.check_output([sys.executable, "-c", FAULTS.format(before=before)], text=True))
         for before in ("", kept)
     }
-    assert faults[""] > 4 * 2**14, "each tensor has new pages"
+    assert faults[""] > 2**14, "each tensor has new pages"
     assert faults[kept] < 100
