@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from processes import at_a_time
-from table import write_result
+from table import CELL_TYPES, ELPV_FIGURES, elpv_table, write_result
 from torch import Tensor
 
 from lit_transfer.activations.views import turned
@@ -40,16 +40,6 @@ from lit_transfer.objectives.metrics import metrics
 from lit_transfer.reading import load
 
 PROGRAM = str(Path(sys.executable).parent / "lit-transfer")
-TYPES = ("all", "mono", "poly")
-FIGURES = {"accuracy": "accuracy", "auroc": "ROC AUC", "f1": "F1"}
-PUBLISHED = [  # name, pictures, split, accuracy, ROC AUC; as their authors or later papers give them
-    ("Deitsch 2019, VGG-19 at 300 pixels", "2,624", "75/25", "0.8842", "0.9442"),
-    ("Deitsch 2019, KAZE/VGG features, SVM", "2,624", "75/25", "0.8244", "0.8851"),
-    ("Akram 2019, light CNN", "2,624", "75/25", "0.9302", "-"),
-    ("Zhang 2023, searched, 1.85 M weights", "not stated", "not stated", "0.9174", "-"),
-    ("Wang 2023, ResNet152 and Xception", "2,223 sure ones", "80/20", "0.9617", "-"),
-    ("Demirci 2024, VGG-16, weighted loss", "2,223 sure ones", "5 folds", "0.9154", "-"),
-]
 
 
 def trained(seed: int, config: Path, folder: Path, changes: list[str]) -> Path:
@@ -91,7 +81,7 @@ def figures(run: Path) -> dict[str, dict[str, dict[str, float]]]:
         threshold = choose_threshold("multiclass", said, val.labels, config.objective.threshold_metric)
         said, targets = probabilities(model, test, how == "averaged"), test.labels
         found[how] = {}
-        for kind in TYPES:
+        for kind in CELL_TYPES:
             place = torch.tensor([kind in ("all", own) for own in types])
             found[how][kind] = metrics("multiclass", said[place], targets[place], threshold)
     return found
@@ -101,19 +91,6 @@ def measured(config: Path, folder: Path, changes: list[str], seed: int) -> dict[
     """The figures of a split, trained unless that is done, and the seconds that its training took."""
     run = trained(seed, config, folder, changes)
     return {**figures(run), "seconds": json.loads((run / "summary.json").read_text())["seconds/total"]}
-
-
-def table(runs: list[dict[str, Any]]) -> str:
-    """Mean and standard deviation over splits, then what others report."""
-    lines = [f"{'':<12}{'cells':<8}" + "".join(f"{title:>18}" for title in FIGURES.values())]
-    for how in ("single", "averaged"):
-        for kind in TYPES:
-            values = [[run[how][kind][name] for run in runs] for name in FIGURES]
-            cells = [f"{statistics.mean(v):.4f} +- {statistics.stdev(v) if len(v) > 1 else 0:.4f}" for v in values]
-            lines.append(f"{how:<12}{kind:<8}" + "".join(f"{cell:>18}" for cell in cells))
-    lines += ["", f"{'published':<42}{'pictures':<18}{'split':<12}{'accuracy':>9}{'ROC AUC':>9}"]
-    lines += [f"{a:<42}{b:<18}{c:<12}{d:>9}{e:>9}" for a, b, c, d, e in PUBLISHED]
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -128,9 +105,9 @@ def main() -> None:
     for seed, run in zip(options.seeds, at_a_time(options.jobs, work, options.seeds), strict=True):
         runs.append(run)
         print(f"split {seed}: {run['single']['all']}", flush=True)
-    print(table(runs))
+    print(elpv_table(runs))
     means = {
-        how: {name: statistics.mean(run[how]["all"][name] for run in runs) for name in FIGURES}
+        how: {name: statistics.mean(run[how]["all"][name] for run in runs) for name in ELPV_FIGURES}
         for how in ("single", "averaged")
     }
     ratios = {"elpv_accuracy": means["single"]["accuracy"], "elpv_auroc": means["single"]["auroc"]}

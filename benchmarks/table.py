@@ -27,6 +27,7 @@ from lit_transfer.tracking import commit
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 BEGIN, END = "<!-- made by table.py: begin -->", "<!-- made by table.py: end -->"
+ELPV_BEGIN, ELPV_END = "<!-- elpv, made by table.py: begin -->", "<!-- elpv, made by table.py: end -->"
 VIEWS_BEGIN, VIEWS_END = "<!-- views, made by table.py: begin -->", "<!-- views, made by table.py: end -->"
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "pillow", "scikit-learn")
 
@@ -85,6 +86,18 @@ VIEW_FIGURES = {  # name: for people, the key of a run's summary, and digits to 
     "seconds": ("seconds in all", "seconds/total", 0),
     "building_s": ("of them building", None, 0),
 }
+
+
+CELL_TYPES = ("all", "mono", "poly")
+ELPV_FIGURES = {"accuracy": "accuracy", "auroc": "ROC AUC", "f1": "F1, mean of both classes"}
+PUBLISHED = (  # name, cells, split, accuracy, ROC AUC; as their authors or later papers give them
+    ("Deitsch 2019, VGG-19 at 300 pixels", "2,624", "75/25", "0.8842", "0.9442"),
+    ("Deitsch 2019, KAZE/VGG features, SVM", "2,624", "75/25", "0.8244", "0.8851"),
+    ("Akram 2019, light CNN", "2,624", "75/25", "0.9302", "-"),
+    ("Zhang 2023, searched, 1.85 M weights", "not stated", "not stated", "0.9174", "-"),
+    ("Wang 2023, ResNet152 and Xception", "2,223 sure ones", "80/20", "0.9617", "-"),
+    ("Demirci 2024, VGG-16, weighted loss", "2,223 sure ones", "5 folds", "0.9154", "-"),
+)
 
 
 def hardware() -> str:
@@ -151,6 +164,31 @@ def _cell(figure: Figure, machine: str, value: float | None) -> str:
     return shown(value) if figure.is_met(machine, value) else f"{shown(value)} (missed)"
 
 
+def elpv_tables(folder: Path) -> str:
+    """The published protocol on each machine, in Markdown."""
+    parts = []
+    for path in sorted(folder.glob("elpv-*.json")):
+        result = json.loads(path.read_text())
+        parts += [f"On {result['hardware']}:", elpv_table(result["measured"]["splits"])]
+    return "\n\n".join(parts) or "Not measured."
+
+
+def elpv_table(splits: Sequence[Mapping[str, Any]]) -> str:
+    """In Markdown: mean and standard deviation over splits of ours, then what others report."""
+    titles = ELPV_FIGURES.values()
+    lines = [_row("", "cells", "split", *titles), _row("---", "---", "---", *("---:" for _ in titles))]
+    for how, name in (("single", "EfficientNet-Lite0"), ("averaged", "the same, averaged over 8 views")):
+        for kind in CELL_TYPES:
+            values = [[split[how][kind][figure] for split in splits] for figure in ELPV_FIGURES]
+            lines.append(_row(name, kind, f"75/25, {len(splits)} times", *(_mean_and_deviation(v) for v in values)))
+    return "\n".join([*lines, *(_row(*row, "-") for row in PUBLISHED)])
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.4f} +- {deviation:.4f}"
+
+
 def views_tables(folder: Path) -> str:
     """What views cost on each machine: its table in Markdown, and its picture."""
     parts = []
@@ -179,6 +217,7 @@ def _range(values: Sequence[float], digits: int) -> str:
 def with_tables(page: str, folder: Path) -> str:
     """A page with all tables between their marks."""
     page = _between(page, BEGIN, END, table(folder))
+    page = _between(page, ELPV_BEGIN, ELPV_END, elpv_tables(folder))
     return _between(page, VIEWS_BEGIN, VIEWS_END, views_tables(folder))
 
 

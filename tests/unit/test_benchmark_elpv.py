@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,11 +41,12 @@ def test_figures_are_those_of_the_run_and_of_each_type(elpv: ModuleType, tmp_pat
     config = tiny_config(packed.manifest, tmp_path)
     summary = finished_run(replace(config, objective=replace(config.objective, threshold_metric="accuracy")))
     found = elpv.figures(config.run_dir)
-    for name in elpv.FIGURES:
+    for name in elpv.ELPV_FIGURES:
         assert found["single"]["all"][name] == pytest.approx(summary[f"test/{name}"], abs=1e-6)
     for how in ("single", "averaged"):
-        each = [found[how][kind]["accuracy"] for kind in elpv.TYPES]
+        each = [found[how][kind]["accuracy"] for kind in elpv.CELL_TYPES]
         assert min(each[1:]) <= each[0] <= max(each[1:]), "all cells are those of both types"
     assert found["single"] != found["averaged"]
-    text = elpv.table([found, found])
+    (tmp_path / "elpv-cpu.json").write_text(json.dumps({"hardware": "cpu", "measured": {"splits": [found, found]}}))
+    text = importlib.import_module("table").elpv_tables(tmp_path)
     assert f"{found['averaged']['poly']['auroc']:.4f} +- 0.0000" in text and "Deitsch 2019" in text
