@@ -25,7 +25,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     [
         (["--trainer.precision", "16-mixed"], "16-mixed needs a GPU"),
         (["--trainer.precision", "16-mixed", "--trainer.accelerator", "auto"], "use bf16-mixed or 32"),
-        (["--trainer.accelerator", "gpu"], "no GPU is visible"),
+        (["--trainer.accelerator", "gpu"], "accelerator gpu needs a GPU and none is visible"),
         (["--data.train.split", "trian"], "trian"),
         (["--data.train.manifest", "nowhere"], "nowhere"),
         (["--data.label", "color"], "parity"),
