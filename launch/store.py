@@ -49,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
         if options.command == "prune":
             return prune(store, options)
         rows = [row(shelf) for shelf in store.shelves()]
+    except BrokenPipeError:  # of our output; no fault of the folder
+        raise
     except OSError as error:
         told = f"{error.strerror} ({error.filename})"
         raise UserError(f"{folder} cannot be looked after: {told}; ask the user who made that.") from error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,33 @@ class Library:
         prefix = self.prefix([cut], recipe)
         for name, wanted in self._wanted([cut], recipe).items():
             check_records(wanted, self._source(name), prefix, CHECKED_RECORDS)
+
+    def opening(
+        self,
+        cut: int,
+        recipe: Recipe,
+        tapped: Collection[int] = (),
+        *,
+        uses: ExitStack,
+        share: tuple[int, int],
+        progress: bool,
+    ) -> list[Callable[[], int | None]]:
+        """What makes a cut safe to read, step by step; all processes of `share` do one before the next.
+
+        Nobody evicts it until `uses` is closed; it is filled, and those tapped on the way; it is mended, which gives
+        the number of records that were wrong; what was removed is filled again; some records are compared.
+        """
+        return [
+            partial(self._hold, cut, recipe, uses),
+            partial(self.fill, {cut, *tapped}, recipe, share=share, progress=progress),
+            partial(self.mend, cut, recipe, share),
+            partial(self.fill, {cut}, recipe, share=share, progress=progress),
+            partial(self.check, cut, recipe),
+        ]
+
+    def _hold(self, cut: int, recipe: Recipe, uses: ExitStack) -> None:
+        for shelf in self._shelves([cut], recipe):
+            uses.enter_context(shelf.in_use())
 
     def streams(self, cut: int, recipe: Recipe) -> dict[str, StoredStream]:
         """All streams at a cut that is there as a whole."""

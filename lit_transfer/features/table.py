@@ -88,16 +88,11 @@ def _stored(library: Library, progress: bool) -> dict[str, Vectors]:
     recipe = library.recipe([cut]) or library.new_recipe([cut])
     if not library.make_room([cut], recipe):
         raise OSError(f"activations.limit_gb {library.settings.limit_gb:g} or the disk has no room")
-    found = library.streams(cut, recipe)
     with ExitStack() as uses:
-        for shelf in (shelf for stream in found.values() for shelf in stream.shelves):
-            uses.enter_context(shelf.in_use())
-        library.fill([cut], recipe, share=(0, 1), progress=progress)
-        if wrong := library.mend(cut, recipe, (0, 1)):
-            print(f"{wrong} stored records are damaged; they are computed again", flush=True)
-            library.fill([cut], recipe, share=(0, 1), progress=progress)
-        library.check(cut, recipe)
-        return {name: _loaded(stream.shelves[0]) for name, stream in found.items()}
+        for work in library.opening(cut, recipe, uses=uses, share=(0, 1), progress=progress):
+            if wrong := work():
+                print(f"{wrong} stored records are damaged; they are computed again", flush=True)
+        return {name: _loaded(stream.shelves[0]) for name, stream in library.streams(cut, recipe).items()}
 
 
 def _loaded(shelf: Shelf) -> Vectors:

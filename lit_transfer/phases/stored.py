@@ -19,7 +19,6 @@ import torch.distributed as dist
 
 from lit_transfer.activations.data import StoredStream
 from lit_transfer.activations.library import Library
-from lit_transfer.activations.prefix import Recipe
 from lit_transfer.activations.views import Views, plain_views
 from lit_transfer.config import Config
 from lit_transfer.data.decode import Preprocessing
@@ -187,14 +186,8 @@ def _fill(library: Library, choice: Choice, trainer: pl.Trainer, uses: ExitStack
     """
     assert choice.cut is not None and choice.recipe is not None
     cut, recipe, share = choice.cut, choice.recipe, (trainer.global_rank, trainer.world_size)
-    fill = partial(library.fill, recipe=recipe, share=share, progress=_shows_progress(trainer))
-    for work in (
-        partial(_hold, library, cut, recipe, uses),
-        partial(fill, {cut, *choice.tapped}),
-        partial(library.mend, cut, recipe, share),
-        partial(fill, {cut}),
-        partial(library.check, cut, recipe),
-    ):
+    progress = _shows_progress(trainer)
+    for work in library.opening(cut, recipe, choice.tapped, uses=uses, share=share, progress=progress):
         results = _of_all_ranks(trainer, _attempt(work))
         for error in (result for result in results if isinstance(result, OSError | UserError)):
             return error
@@ -202,13 +195,6 @@ def _fill(library: Library, choice: Choice, trainer: pl.Trainer, uses: ExitStack
         if wrong and trainer.is_global_zero:
             print(f"{wrong} stored records are damaged; they are computed again", flush=True)
     return Stored(cut, library.streams(cut, recipe))
-
-
-def _hold(library: Library, cut: int, recipe: Recipe, uses: ExitStack) -> None:
-    """Let nobody evict what is read, until `uses` is closed."""
-    for stream in library.streams(cut, recipe).values():
-        for shelf in stream.shelves:
-            uses.enter_context(shelf.in_use())
 
 
 def _attempt(work: Callable[[], Result]) -> Result | OSError | UserError:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,20 +14,15 @@ from digits import digits, finished_run, tiny_config
 from lit_transfer.data.packing.items import Pack
 from lit_transfer.data.packing.pack import pack
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def elpv(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    before = set(sys.modules)
-    yield importlib.import_module("elpv")
-    for name in ("elpv", "processes", "table"):
-        if name not in before:
-            sys.modules.pop(name, None)
+def elpv(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("elpv")
 
 
-def test_figures_are_those_of_the_run_and_of_each_type(elpv: ModuleType, tmp_path: Path) -> None:
+def test_figures_are_those_of_the_run_and_of_each_type(
+    elpv: ModuleType, benchmark: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
     digits(tmp_path / "cells")
     listing = tmp_path / "cells" / "digits.csv"
     header, *lines = listing.read_text().splitlines()
@@ -48,5 +41,5 @@ def test_figures_are_those_of_the_run_and_of_each_type(elpv: ModuleType, tmp_pat
         assert min(each[1:]) <= each[0] <= max(each[1:]), "all cells are those of both types"
     assert found["single"] != found["averaged"]
     (tmp_path / "elpv-cpu.json").write_text(json.dumps({"hardware": "cpu", "measured": {"splits": [found, found]}}))
-    text = importlib.import_module("table").elpv_tables(tmp_path)
+    text = benchmark("table").elpv_tables(tmp_path)
     assert f"{found['averaged']['poly']['auroc']:.4f} +- 0.0000" in text and "Deitsch 2019" in text

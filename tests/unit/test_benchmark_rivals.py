@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,18 +14,15 @@ import pytest
 from lit_transfer.errors import UserError
 from lit_transfer.schedule import Heads, Phase
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+@pytest.fixture
+def rivals(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("rivals")
 
 
 @pytest.fixture
-def rivals(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("rivals")
-
-
-@pytest.fixture
-def runs(rivals: ModuleType) -> ModuleType:
-    return importlib.import_module("rivals_runs")
+def runs(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("rivals_runs")
 
 
 def record(*curve: tuple[float, float], limit_s: float | None = 500.0) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,12 +12,9 @@ from digits import digits, fine_tuning
 
 from lit_transfer.reading import to_plain
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("store", "store_heads", "store_job", "store_parts", "table")
-
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
+def store(benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The benchmark, in a folder whose quickstart is tiny."""
     head = {"name": "head", "max_epochs": 1, "lr": 0.01}
     plain = to_plain(fine_tuning(digits(tmp_path / "digits", count=120), tmp_path, [head]))
@@ -27,12 +22,7 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleTyp
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "quickstart.yaml").write_text(yaml.safe_dump(plain))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    before = set(sys.modules)
-    yield importlib.import_module("store")
-    for name in MODULES:
-        if name not in before:
-            sys.modules.pop(name, None)
+    return benchmark("store")
 
 
 def test_a_frozen_phase_is_timed_with_its_steps(store: ModuleType, tmp_path: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,14 +15,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU, GPU = "cpu-some-2-cores", "some-gpu"
 
 
-@pytest.fixture(scope="module")
-def table() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_table", BENCHMARKS / "table.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where a dataclass looks for its annotations
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def table(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("table")
 
 
 def write(folder: Path, name: str, machine: str, ratios: dict[str, float]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,18 +14,12 @@ import pytest
 from lit_transfer.errors import UserError
 from lit_transfer.reading import load, to_plain
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-CONFIG = BENCHMARKS.parent / "configs" / "quickstart.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
 @pytest.fixture
-def views(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    before = set(sys.modules)
-    yield importlib.import_module("views")
-    for name in ("views", "table", "processes"):
-        if name not in before:
-            sys.modules.pop(name, None)
+def views(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("views")
 
 
 def configs(views: ModuleType, folder: Path, changes: list[str]) -> list[dict[str, Any]]:
@@ -66,8 +58,10 @@ def test_the_picture_has_every_setting(views: ModuleType, tmp_path: Path) -> Non
     assert (tmp_path / "views.png").stat().st_size > 10_000
 
 
-def test_threads_are_shared_by_what_runs_at_once(views: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    processes = importlib.import_module("processes")
+def test_threads_are_shared_by_what_runs_at_once(
+    benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = benchmark("processes")
     monkeypatch.setattr(processes.torch, "get_num_threads", lambda: 5)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert [processes.threads_each(jobs) for jobs in (1, 2, 9)] == [5, 2, 1]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from digits import PREPROCESSING
-from libraries import CUT, PLAIN, build_tiny, few_pictures, fill, make_parts_small, opened, shelves
+from libraries import CUT, PLAIN, fill, opened, shelves
 from shelves import names
 from torch import Tensor
 
@@ -31,30 +31,6 @@ from lit_transfer.model.augment import eval_input
 from lit_transfer.model.backbone import Backbone
 
 FLIPS = Augment(flip_h=0.5, flip_v=0.5, quarter_turns=True)
-
-
-@pytest.fixture
-def backbone() -> Backbone:
-    """A tiny network in training mode."""
-    return build_tiny()
-
-
-@pytest.fixture
-def streams(tmp_path: Path) -> dict[str, Samples]:
-    """48 samples of train, 24 of val."""
-    return few_pictures(tmp_path)
-
-
-@pytest.fixture
-def library(backbone: Backbone, streams: dict[str, Samples], tmp_path: Path, small_parts: None) -> Library:
-    """Of both streams as they are, exact to the bit."""
-    return opened(backbone, streams, tmp_path)
-
-
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of 16 records, so that a shelf has several."""
-    make_parts_small(monkeypatch)
 
 
 def outputs(backbone: Backbone, samples: Samples, cut: int = CUT) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from digits import PREPROCESSING
-from libraries import ALONE, CUT, PLAIN, build_tiny, few_pictures, fill, make_parts_small, opened, shelves
+from libraries import ALONE, CUT, PLAIN, fill, opened, shelves
 from packing import damage
 
 from lit_transfer.activations.data import StoredDataset, StoredStream
@@ -25,30 +25,6 @@ from lit_transfer.model.augment import eval_input
 from lit_transfer.model.backbone import Backbone
 
 FLIPS = Augment(flip_h=0.5, flip_v=0.5, quarter_turns=True)
-
-
-@pytest.fixture
-def backbone() -> Backbone:
-    """A tiny network in training mode."""
-    return build_tiny()
-
-
-@pytest.fixture
-def streams(tmp_path: Path) -> dict[str, Samples]:
-    """48 samples of train, 24 of val."""
-    return few_pictures(tmp_path)
-
-
-@pytest.fixture
-def library(backbone: Backbone, streams: dict[str, Samples], tmp_path: Path, small_parts: None) -> Library:
-    """Of both streams as they are, exact to the bit."""
-    return opened(backbone, streams, tmp_path)
-
-
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of 16 records, so that a shelf has several."""
-    make_parts_small(monkeypatch)
 
 
 @pytest.mark.parametrize("place", [0, -3], ids=["in the header", "in a record"])
@@ -93,7 +69,9 @@ def test_a_wrong_record_with_a_right_checksum_stops_the_run(library: Library) ->
 def test_rounding_to_the_stored_type_is_no_difference(
     backbone: Backbone, streams: dict[str, Samples], tmp_path: Path, dtype: str
 ) -> None:
-    library = fill(opened(backbone, streams, tmp_path, dtype=dtype))
+    exact, library = (fill(opened(backbone, streams, tmp_path, dtype=each)) for each in ("float32", dtype))
+    kept, expected = (shelves(each)["val"].load() for each in (library, exact))
+    assert kept.dtype == getattr(torch, dtype) and torch.equal(kept.float(), expected) == (dtype == "float32")
     library.check(CUT, PLAIN)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from libraries import CUT, PLAIN, build_tiny, few_pictures, fill, make_parts_small, opened, shelves
+from libraries import CUT, PLAIN, fill, opened, shelves
 from torch import Tensor
 
 from lit_transfer.activations import key as key_module
@@ -18,30 +18,6 @@ from lit_transfer.activations.library import Library
 from lit_transfer.activations.prefix import Recipe
 from lit_transfer.data.streams import Samples
 from lit_transfer.model.backbone import Backbone
-
-
-@pytest.fixture
-def backbone() -> Backbone:
-    """A tiny network in training mode."""
-    return build_tiny()
-
-
-@pytest.fixture
-def streams(tmp_path: Path) -> dict[str, Samples]:
-    """48 samples of train, 24 of val."""
-    return few_pictures(tmp_path)
-
-
-@pytest.fixture
-def library(backbone: Backbone, streams: dict[str, Samples], tmp_path: Path, small_parts: None) -> Library:
-    """Of both streams as they are, exact to the bit."""
-    return opened(backbone, streams, tmp_path)
-
-
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of 16 records, so that a shelf has several."""
-    make_parts_small(monkeypatch)
 
 
 def test_a_shelf_of_other_weights_or_types_is_not_used(

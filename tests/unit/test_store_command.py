@@ -119,6 +119,20 @@ def test_a_folder_that_may_not_be_read_is_said(
         command(kept, "list")
 
 
+@pytest.mark.parametrize("arguments", [("list",), ("verify",), ("prune", "--all")])
+def test_a_reader_that_has_seen_enough_is_no_fault_of_the_folder(
+    kept: ActivationStore, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    filled(kept, "a")
+
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("builtins.print", closed)
+    with pytest.raises(BrokenPipeError):
+        command(kept, *arguments)
+
+
 def test_a_folder_that_is_not_there(kept: ActivationStore) -> None:
     with pytest.raises(UserError, match="is not there; runs make it"):
         command(kept, "list")
