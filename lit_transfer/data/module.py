@@ -69,7 +69,7 @@ class ImageData(pl.LightningDataModule):
             rank=rank,
             ranks=ranks,
         )
-        return loader(dataset, sampler, self.workers)
+        return loader(dataset, sampler, self._workers("train"))
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[DataLoader[dict[str, Any]]]:
         """Batches of `val` in the order of the manifest, or none; every rank must call it."""
@@ -81,7 +81,10 @@ class ImageData(pl.LightningDataModule):
         rank, ranks = self._place()
         rows = math.ceil(self.global_batch / self.parts)
         sampler = EvalSampler(self.streams[stream], global_batch=rows, rank=rank, ranks=ranks)
-        return loader(dataset, sampler, self.workers)
+        return loader(dataset, sampler, self._workers(stream))
+
+    def _workers(self, stream: str) -> int:
+        return self.workers
 
     def _dataset(self, stream: str, augment_seed: int | None = None, balance: str = "none") -> SampleDataset:
         return SampleDataset(self.streams[stream], self.preprocessing, augment_seed, balance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +28,16 @@ from stored_runs import (
     storing_pays,
     written,
 )
+from torch import Tensor
 
 from lit_transfer.activations.costs import Decision
+from lit_transfer.activations.data import StoredStream
 from lit_transfer.activations.library import Library
+from lit_transfer.activations.module import StoredData
 from lit_transfer.activations.prefix import Recipe
 from lit_transfer.config import Config
 from lit_transfer.data.manifest import Manifest
+from lit_transfer.data.module import ImageData
 from lit_transfer.launch import main
 
 
@@ -113,12 +118,25 @@ def test_other_ways_to_store_stay_near(
     assert cuts(given) == {"head": FROZEN, "top": FROZEN - 2}
 
 
-def test_workers_read_the_store(manifest: Manifest, tmp_path: Path) -> None:
-    """Pictures, when it is built, and records, when it is read."""
+@pytest.mark.parametrize("by_workers", [False, True], ids=["on a CPU", "elsewhere"])
+def test_workers_read_pictures_and_on_other_devices_than_a_cpu_records(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_workers: bool
+) -> None:
+    """Where they read is no matter: both as without a store."""
     off = configured(manifest, tmp_path, "off", [{**TOP, "max_epochs": 1}], OFF | {"views": 2}, augment=MOVING)
     given = configured(manifest, tmp_path, "stored", [{**TOP, "max_epochs": 1}], EXACT | {"views": 2}, augment=MOVING)
     given = replace(given, data=replace(given.data, workers=1))
+    here, read = os.getpid(), StoredStream.read
+
+    def told(stream: StoredStream, *args: Any) -> Tensor:
+        (tmp_path / f"read by {os.getpid()}").touch()
+        return read(stream, *args)
+
+    monkeypatch.setattr(StoredStream, "read", told)
+    if by_workers:
+        monkeypatch.setattr(StoredData, "_workers", ImageData._workers)
     assert_same(ran(given), ran(off))
+    assert [path.name for path in tmp_path.glob("read by *")] == ([] if by_workers else [f"read by {here}"])
 
 
 # Automatic
