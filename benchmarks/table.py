@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/table.py
 
 A file is `<name>-<hardware>.json`: `hardware`, `versions`, the `commit` that wrote it, `ratios` by name, and what they
-come from, `measured`. That of `views.py` has no ratios, but a table of its own.
+come from, `measured`; `lower_bounds` names the ratios that may be higher. That of `views.py` has no ratios, but a table
+of its own.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ def _slug(words: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
-def write_result(name: str, ratios: Mapping[str, float], measured: Mapping[str, Any]) -> Path:
+def write_result(
+    name: str, ratios: Mapping[str, float], measured: Mapping[str, Any], lower_bounds: Sequence[str] = ()
+) -> Path:
     """Write what a benchmark found on this machine to `results/`, and print its figures with their aims."""
     unknown = set(ratios) - {figure.name for figure in FIGURES}
     assert not unknown, f"{unknown} are in no row of the table"
@@ -120,12 +123,11 @@ def write_result(name: str, ratios: Mapping[str, float], measured: Mapping[str, 
     path = RESULTS / f"{name}-{machine}.json"
     versions = {package: version(package) for package in PACKAGES}
     about = {"hardware": machine, "versions": versions, "commit": commit()}
-    write_json(path, about | {"ratios": ratios, "measured": measured})
+    write_json(path, about | {"ratios": ratios, "lower_bounds": lower_bounds, "measured": measured})
     for figure in FIGURES:
         if figure.name in ratios:
-            value = ratios[figure.name]
-            missed = "" if figure.is_met(machine, value) else ", missed"
-            print(f"{figure.name} {shown(value)} (aim {figure.aim(machine)}{missed})")
+            told = _cell(figure, machine, (ratios[figure.name], figure.name in lower_bounds))
+            print(f"{figure.name} {told}; aim {figure.aim(machine)}")
     return path
 
 
@@ -134,13 +136,13 @@ def shown(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:#.4g}".rstrip(".")
 
 
-def machines(folder: Path) -> dict[str, dict[str, float]]:
-    """The ratios of all files of each machine."""
-    found: dict[str, dict[str, float]] = {}
+def machines(folder: Path) -> dict[str, dict[str, tuple[float, bool]]]:
+    """The ratios of all files of each machine, each with whether it is but a lower bound."""
+    found: dict[str, dict[str, tuple[float, bool]]] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
-        if result["ratios"]:
-            found.setdefault(result["hardware"], {}).update(result["ratios"])
+        for name, value in result["ratios"].items():
+            found.setdefault(result["hardware"], {})[name] = (value, name in result.get("lower_bounds", []))
     return found
 
 
@@ -158,10 +160,12 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(figure: Figure, machine: str, value: float | None) -> str:
-    if value is None:
+def _cell(figure: Figure, machine: str, ratio: tuple[float, bool] | None) -> str:
+    if ratio is None:
         return "not measured"
-    return shown(value) if figure.is_met(machine, value) else f"{shown(value)} (missed)"
+    value, is_bound = ratio
+    text, fault = (f"at least {shown(value)}", "not shown to be met") if is_bound else (shown(value), "missed")
+    return text if figure.is_met(machine, value) else f"{text} ({fault})"
 
 
 def elpv_tables(folder: Path) -> str:

@@ -93,8 +93,8 @@ class Data:
         val: what thresholds, the best epoch and early stopping are chosen on.
         test: what the final figures are computed on.
         label: label column to learn, where a multiclass, ordinal or regression dataset has several.
-        workers: loader processes per rank; 0 decodes in the training process, which also reads stored activations on a
-            CPU.
+        workers: loader processes per rank; 0 decodes in the training process. On a CPU that one reads stored
+            activations whatever this is.
         order: of the samples of an epoch of training.
         max_bad_fraction: share of an epoch's samples that may be damaged before the run stops (one that `order.balance`
             draws several times counts as often); they are replaced in training, left out of figures, and listed in the

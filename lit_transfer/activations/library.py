@@ -170,7 +170,7 @@ class Library:
         for name, wanted in self._wanted([cut], recipe).items():
             check_records(wanted, self._source(name), prefix, CHECKED_RECORDS)
 
-    def opening(
+    def opening_steps(
         self,
         cut: int,
         recipe: Recipe,
@@ -180,10 +180,22 @@ class Library:
         share: tuple[int, int],
         progress: bool,
     ) -> list[Callable[[], int | None]]:
-        """What makes a cut safe to read, step by step; all processes of `share` do one before the next.
+        """What makes a cut safe to read, to be called one after the other, each by all processes before the next.
 
-        Nobody evicts it until `uses` is closed; it is filled, and those tapped on the way; it is mended, which gives
-        the number of records that were wrong; what was removed is filled again; some records are compared.
+        Nobody evicts the cut until `uses` is closed; it is filled, and those tapped on the way; it is mended, which
+        gives the number of records that were wrong; what was removed is filled again; some records are compared.
+
+        Args:
+            cut: to read.
+            recipe: of its records.
+            tapped: cuts that are stored in the same pass for later phases; not held.
+            uses: holds the cut.
+            share: this process, and how many there are.
+            progress: show a bar.
+
+        Raises:
+            OSError: by a step; the disk is full, or a value is too large for the stored type.
+            UserError: by the last step; a record is not what its picture gives.
         """
         return [
             partial(self._hold, cut, recipe, uses),

@@ -23,10 +23,9 @@ class StoredData(ImageData):
         self.stored = stored
 
     def _workers(self, stream: str) -> int:
-        """None reads stored activations on a CPU: it would hold up the threads that compute for longer than it reads
-        (`thawed_step_over_parts` of benchmarks/store.py).
-        """
-        on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
+        """0 for stored streams on a CPU: there a worker takes the time that it reads from the threads that compute."""
+        assert self.trainer, "only a fit reads"
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"
         return 0 if stream in self.stored and on_cpu else super()._workers(stream)
 
     def _dataset(self, stream: str, augment_seed: int | None = None, balance: str = "none") -> SampleDataset:

@@ -89,7 +89,7 @@ def _stored(library: Library, progress: bool) -> dict[str, Vectors]:
     if not library.make_room([cut], recipe):
         raise OSError(f"activations.limit_gb {library.settings.limit_gb:g} or the disk has no room")
     with ExitStack() as uses:
-        for work in library.opening(cut, recipe, uses=uses, share=(0, 1), progress=progress):
+        for work in library.opening_steps(cut, recipe, uses=uses, share=(0, 1), progress=progress):
             if wrong := work():
                 print(f"{wrong} stored records are damaged; they are computed again", flush=True)
         return {name: _loaded(stream.shelves[0]) for name, stream in library.streams(cut, recipe).items()}

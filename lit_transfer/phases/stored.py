@@ -187,7 +187,7 @@ def _fill(library: Library, choice: Choice, trainer: pl.Trainer, uses: ExitStack
     assert choice.cut is not None and choice.recipe is not None
     cut, recipe, share = choice.cut, choice.recipe, (trainer.global_rank, trainer.world_size)
     progress = _shows_progress(trainer)
-    for work in library.opening(cut, recipe, choice.tapped, uses=uses, share=share, progress=progress):
+    for work in library.opening_steps(cut, recipe, choice.tapped, uses=uses, share=share, progress=progress):
         results = _of_all_ranks(trainer, _attempt(work))
         for error in (result for result in results if isinstance(result, OSError | UserError)):
             return error

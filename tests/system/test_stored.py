@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +27,14 @@ from stored_runs import (
     storing_pays,
     written,
 )
-from torch import Tensor
 
 from lit_transfer.activations.costs import Decision
-from lit_transfer.activations.data import StoredStream
+from lit_transfer.activations.data import StoredDataset
 from lit_transfer.activations.library import Library
 from lit_transfer.activations.module import StoredData
 from lit_transfer.activations.prefix import Recipe
 from lit_transfer.config import Config
+from lit_transfer.data.loading import SampleDataset, loader
 from lit_transfer.data.manifest import Manifest
 from lit_transfer.data.module import ImageData
 from lit_transfer.launch import main
@@ -126,17 +125,18 @@ def test_workers_read_pictures_and_on_other_devices_than_a_cpu_records(
     off = configured(manifest, tmp_path, "off", [{**TOP, "max_epochs": 1}], OFF | {"views": 2}, augment=MOVING)
     given = configured(manifest, tmp_path, "stored", [{**TOP, "max_epochs": 1}], EXACT | {"views": 2}, augment=MOVING)
     given = replace(given, data=replace(given.data, workers=1))
-    here, read = os.getpid(), StoredStream.read
+    expected, made = ran(off), set()
 
-    def told(stream: StoredStream, *args: Any) -> Tensor:
-        (tmp_path / f"read by {os.getpid()}").touch()
-        return read(stream, *args)
+    def noted(dataset: SampleDataset, sampler: Any, workers: int) -> Any:
+        made.add((type(dataset), workers))
+        return loader(dataset, sampler, workers)
 
-    monkeypatch.setattr(StoredStream, "read", told)
+    for module in ("lit_transfer.activations.build", "lit_transfer.data.module"):
+        monkeypatch.setattr(f"{module}.loader", noted)
     if by_workers:
         monkeypatch.setattr(StoredData, "_workers", ImageData._workers)
-    assert_same(ran(given), ran(off))
-    assert [path.name for path in tmp_path.glob("read by *")] == ([] if by_workers else [f"read by {here}"])
+    assert_same(ran(given), expected)
+    assert made == {(SampleDataset, 1), (StoredDataset, int(by_workers))}
 
 
 # Automatic

@@ -16,12 +16,12 @@ from lit_transfer.data.packing.pack import pack
 
 
 @pytest.fixture
-def elpv(benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark("elpv")
+def elpv(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return import_benchmark("elpv")
 
 
 def test_figures_are_those_of_the_run_and_of_each_type(
-    elpv: ModuleType, benchmark: Callable[[str], ModuleType], tmp_path: Path
+    elpv: ModuleType, import_benchmark: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
     digits(tmp_path / "cells")
     listing = tmp_path / "cells" / "digits.csv"
@@ -41,5 +41,5 @@ def test_figures_are_those_of_the_run_and_of_each_type(
         assert min(each[1:]) <= each[0] <= max(each[1:]), "all cells are those of both types"
     assert found["single"] != found["averaged"]
     (tmp_path / "elpv-cpu.json").write_text(json.dumps({"hardware": "cpu", "measured": {"splits": [found, found]}}))
-    text = benchmark("table").elpv_tables(tmp_path)
+    text = import_benchmark("table").elpv_tables(tmp_path)
     assert f"{found['averaged']['poly']['auroc']:.4f} +- 0.0000" in text and "Deitsch 2019" in text

@@ -14,7 +14,7 @@ from lit_transfer.reading import to_plain
 
 
 @pytest.fixture
-def store(benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+def store(import_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The benchmark, in a folder whose quickstart is tiny."""
     head = {"name": "head", "max_epochs": 1, "lr": 0.01}
     plain = to_plain(fine_tuning(digits(tmp_path / "digits", count=120), tmp_path, [head]))
@@ -22,7 +22,7 @@ def store(benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatc
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "quickstart.yaml").write_text(yaml.safe_dump(plain))
     monkeypatch.chdir(tmp_path)
-    return benchmark("store")
+    return import_benchmark("store")
 
 
 def test_a_frozen_phase_is_timed_with_its_steps(store: ModuleType, tmp_path: Path) -> None:

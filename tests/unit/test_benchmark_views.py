@@ -18,8 +18,8 @@ CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
 @pytest.fixture
-def views(benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark("views")
+def views(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return import_benchmark("views")
 
 
 def configs(views: ModuleType, folder: Path, changes: list[str]) -> list[dict[str, Any]]:
@@ -59,9 +59,9 @@ def test_the_picture_has_every_setting(views: ModuleType, tmp_path: Path) -> Non
 
 
 def test_threads_are_shared_by_what_runs_at_once(
-    benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+    import_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processes = benchmark("processes")
+    processes = import_benchmark("processes")
     monkeypatch.setattr(processes.torch, "get_num_threads", lambda: 5)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert [processes.threads_each(jobs) for jobs in (1, 2, 9)] == [5, 2, 1]

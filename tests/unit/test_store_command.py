@@ -119,7 +119,7 @@ def test_a_folder_that_may_not_be_read_is_said(
         command(kept, "list")
 
 
-@pytest.mark.parametrize("arguments", [("list",), ("verify",), ("prune", "--all")])
+@pytest.mark.parametrize("arguments", [("verify",), ("prune", "--all")])
 def test_a_reader_that_has_seen_enough_is_no_fault_of_the_folder(
     kept: ActivationStore, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:

@@ -1,0 +1,52 @@
+"""Fixtures of more than one file here."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from libraries import build_tiny, few_pictures, make_parts_small, opened
+
+from lit_transfer.activations.library import Library
+from lit_transfer.data.streams import Samples
+from lit_transfer.model.backbone import Backbone
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def import_benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script of benchmarks/ by its name; no other test sees it, or those that it imports."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    for name, module in [*sys.modules.items()]:
+        if str(getattr(module, "__file__", None)).startswith(f"{BENCHMARKS}/"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def backbone() -> Backbone:
+    """A tiny network in training mode."""
+    return build_tiny()
+
+
+@pytest.fixture
+def streams(tmp_path: Path) -> dict[str, Samples]:
+    """48 samples of train, 24 of val."""
+    return few_pictures(tmp_path)
+
+
+@pytest.fixture
+def library(backbone: Backbone, streams: dict[str, Samples], tmp_path: Path, small_parts: None) -> Library:
+    """Of both streams as they are, exact to the bit."""
+    return opened(backbone, streams, tmp_path)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 16 records, so that a shelf has several."""
+    make_parts_small(monkeypatch)
