@@ -45,18 +45,18 @@ class Timing:
 
     Args:
         seconds: to the aim; infinite where it was not reached.
-        limit_s: the first validation behind it ended a run; infinite for ours.
+        ended_s: of the last validation; where the aim was not reached by then, it takes longer.
         best_auc: of all validations.
     """
 
     seconds: float
-    limit_s: float
+    ended_s: float
     best_auc: float
 
     @property
     def known_s(self) -> float:
         """It took these seconds, or at least these."""
-        return self.seconds if math.isfinite(self.seconds) else self.limit_s
+        return self.seconds if math.isfinite(self.seconds) else self.ended_s
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def timing(records: Sequence[Record], auc: float) -> Timing:
     last = [record["curve"][-1] for record in records]
     return Timing(
         seconds=statistics.median(seconds if reached >= auc else math.inf for seconds, reached in last),
-        limit_s=statistics.median(record["limit_s"] or math.inf for record in records),
+        ended_s=statistics.median(seconds for seconds, _ in last),
         best_auc=statistics.median(max(value for _, value in record["curve"]) for record in records),
     )
 
@@ -147,7 +147,7 @@ def table(found: Timings) -> str:
     lines = [f"{'':<22}{'learning rates':<16}{'seconds':>18}{'best AUC':>10}"]
     for tool, settings in found.items():
         for setting, one in settings.items():
-            seconds = f"{one.seconds:.1f}" if math.isfinite(one.seconds) else f"not in {one.limit_s:.0f}"
+            seconds = f"{one.seconds:.1f}" if math.isfinite(one.seconds) else f"not in {one.ended_s:.0f}"
             lines.append(f"{tool:<22}{setting:<16}{seconds:>18}{one.best_auc:>10.4f}")
     return "\n".join(lines)
 
