@@ -205,16 +205,16 @@ class Library:
             partial(self.check, cut, recipe),
         ]
 
-    def _hold(self, cut: int, recipe: Recipe, uses: ExitStack) -> None:
-        for shelf in self._shelves([cut], recipe):
-            uses.enter_context(shelf.in_use())
-
     def streams(self, cut: int, recipe: Recipe) -> dict[str, StoredStream]:
         """All streams at a cut that is there as a whole."""
         return {
             name: StoredStream(*self.inputs[name], tuple(want.shelf for want in wanted))
             for name, wanted in self._wanted([cut], recipe).items()
         }
+
+    def _hold(self, cut: int, recipe: Recipe, uses: ExitStack) -> None:
+        for shelf in self._shelves([cut], recipe):
+            uses.enter_context(shelf.in_use())
 
     def _source(self, name: str) -> Source:
         return Source(self.inputs[name][0], self.preprocessing, self.device, self.workers)

@@ -42,7 +42,7 @@ def phase(**settings: Any) -> Phase:
     ],
 )
 def test_what_trains_is_one_of_five_forms(settings: dict[str, Any], said: str) -> None:
-    refused({"backbone_lr": 0.01} | settings, said)
+    assert_refused({"backbone_lr": 0.01} | settings, said)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_what_trains_is_one_of_five_forms(settings: dict[str, Any], said: str) -
     ],
 )
 def test_learning_rates_are_given_where_they_are_used_and_nowhere_else(settings: dict[str, Any], said: str) -> None:
-    refused(settings, said)
+    assert_refused(settings, said)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_learning_rates_are_given_where_they_are_used_and_nowhere_else(settings:
     ],
 )
 def test_a_phase_has_one_length(settings: dict[str, Any], said: str) -> None:
-    refused(settings, said)
+    assert_refused(settings, said)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_phase_has_one_length(settings: dict[str, Any], said: str) -> None:
     ],
 )
 def test_numbers_have_a_range(settings: dict[str, Any], said: str) -> None:
-    refused(settings, said)
+    assert_refused(settings, said)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_numbers_have_a_range(settings: dict[str, Any], said: str) -> None:
 )
 def test_a_schedule_has_arguments_of_its_own(schedule: str, settings: dict[str, Any], said: str) -> None:
     given = settings if "warmup_steps" in settings else {"schedule_args": settings}
-    refused({"schedule": schedule} | given, f"phase 'a': {said}")
+    assert_refused({"schedule": schedule} | given, f"phase 'a': {said}")
 
 
 @pytest.mark.parametrize(
@@ -179,10 +179,10 @@ def test_a_schedule_has_arguments_of_its_own(schedule: str, settings: dict[str, 
     ],
 )
 def test_until_has_one_condition(settings: dict[str, Any], said: str) -> None:
-    refused({"until": settings}, said)
+    assert_refused({"until": settings}, said)
 
 
-def refused(settings: dict[str, Any], said: str) -> None:
+def assert_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match="^" + re.escape(said)) as caught:
         phase(**settings)
     assert "\n" not in str(caught.value)
